@@ -1,0 +1,192 @@
+"""Checkpoints: folders `checkpoint-{step}` that are whole or not there at all.
+
+    save(output_dir, step, {"weights": {...}, "optimizer": {...}}, state, keep=3)
+    folder = find("latest", output_dir)
+    tensors, state = load(folder)
+
+A checkpoint is one safetensors file per group of tensors and a state.json. It is written under a
+temporary name, flushed to the disk, sealed by a manifest with every file's size and SHA-256, and only
+then renamed; only after that are older ones removed. A kill at any moment leaves the newest complete
+checkpoint in place, and what is not complete is never taken for one. No pickle is written or read.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minwurst.config import UserError
+
+NAME = re.compile(r"checkpoint-(\d+)")
+MANIFEST = "manifest.json"
+
+
+# The state of a run that starts afresh.
+FRESH = {"step": 0, "updates": 0, "seed": None, "settings": {}, "identity": {}}
+
+
+def make_folder(output_dir):
+    """The output folder as a Path, made if need be; UserError where nothing can be written into it."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} can't be written: {error.strerror}.") from None
+    return folder
+
+
+def save(output_dir, step, groups, state, keep=None):
+    """Write `checkpoint-{step}` and keep the newest `keep` (None: all).
+
+    groups: {"weights": {name: tensor}, …}, one file each; empty groups are left out. state: what
+    JSON can hold. An older checkpoint of the same step is replaced.
+    """
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    draft = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)  # what an interrupted save left behind
+    draft.mkdir()
+    try:
+        for group, tensors in groups.items():
+            if tensors:
+                save_file({name: t.detach().contiguous() for name, t in tensors.items()}, draft / f"{group}.safetensors")
+        (draft / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        seal = {file.name: describe(file) for file in sorted(draft.iterdir())}
+        (draft / MANIFEST).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+        for file in [*draft.iterdir(), draft]:
+            flush(file)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        size = sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
+        raise UserError(
+            f"{folder}: not written ({error}); it needs {size / 2**30:.2f} GiB. Earlier checkpoints are intact."
+        ) from None
+    if folder.exists():
+        remove(folder)
+    draft.rename(folder)
+    flush(folder.parent)
+    for old in list_all(output_dir)[:-keep] if keep else []:
+        remove(old)
+
+
+def load(folder):
+    """What `save` was given: ({"weights": {name: tensor}, …}, state), on the CPU."""
+    folder = Path(folder)
+    groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return groups, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def list_all(output_dir):
+    """The folders named `checkpoint-{step}`, oldest step first. Whatever else lies there is not ours."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and NAME.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(NAME.fullmatch(p.name)[1]))
+
+
+def find(wanted, output_dir):
+    """The checkpoint to resume from, verified: a path, or None for a fresh start.
+
+    wanted: None, "latest" or a path. Raises UserError where a path is missing or damaged, or where
+    output_dir holds checkpoints and `wanted` does not say what to do with them.
+    """
+    existing = list_all(output_dir)
+    if wanted is None:
+        if existing:
+            raise UserError(
+                f"--output_dir {output_dir} already holds {existing[-1].name}: add --resume_from_checkpoint=latest to go on, or name another folder."
+            )
+        return None
+    if wanted != "latest":
+        folder = Path(wanted)
+        if not folder.is_dir():
+            folder = Path(output_dir) / folder.name  # the reference's way: a name inside output_dir
+        if not folder.is_dir():
+            raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
+        if reason := damage(folder):
+            raise UserError(
+                f"--resume_from_checkpoint {wanted}: {reason}. Use `latest` for the newest whole checkpoint."
+            )
+        return folder
+    for folder in reversed(existing):
+        reason = damage(folder)
+        if not reason:
+            return folder
+        print(f"{folder.name} is passed over: {reason}.", flush=True)
+    if existing:
+        raise UserError(f"--output_dir {output_dir}: none of its {len(existing)} checkpoints is whole; remove them to start afresh.")
+    return None
+
+
+def damage(folder):
+    """Why a checkpoint can't be trusted, in a few words; None where every byte is as it was sealed."""
+    manifest = Path(folder) / MANIFEST
+    if not manifest.is_file():
+        return f"it has no {MANIFEST}, so it was not finished or is no checkpoint of this project"
+    try:
+        seal = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, promised in seal.items():
+            file = Path(folder) / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != promised["size"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {promised['size']}"
+            if describe(file) != promised:
+                return f"{name} has changed since it was written"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"its {MANIFEST} can't be read"
+    return None
+
+
+def describe(file):
+    """A file's size in bytes and SHA-256, as the manifest holds them."""
+    with open(file, "rb") as opened:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def flush(path):
+    """Ask the disk to have a file's bytes, or a folder's entries, before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def remove(folder):
+    """Remove a checkpoint: the rename first, so that a kill midway leaves nothing that looks whole."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+# A resumed run may change these and still be the same run; any other difference is refused.
+FREE = {
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "num_train_epochs", "max_grad_norm",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "ema_decay", "gradient_checkpointing", "allow_tf32",
+    "mixed_precision", "dataloader_num_workers", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "cache_dir", "logging_dir", "logging_steps", "report_to", "tracker_project_name",
+    "validation_prompts", "validation_epochs", "push_to_hub", "hub_token", "hub_model_id",
+    "pretrained_decoder_model_name_or_path", "train_batch_size", "gradient_accumulation_steps",
+    "train_data_dir", "dataset_name",
+}  # fmt: skip
+
+
+def changes(before, now):
+    """Lines that say what changed since a checkpoint; UserError where it may not change.
+
+    before, now: settings by name. Batch size and accumulation may change against each other, and the
+    data may have moved: that the global batch and the data's fingerprint stay is checked beside it.
+    """
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    for name in changed:
+        if name not in FREE:
+            raise UserError(
+                f"--resume_from_checkpoint: {name} was {before[name]} and is {now[name]} now, which would be "
+                "another run. Put it back, or start in another --output_dir."
+            )
+    quiet = {"output_dir", "resume_from_checkpoint", "cache_dir"}
+    return [f"{name} {before[name]} → {now[name]}" for name in changed if name not in quiet]

@@ -1,0 +1,250 @@
+"""Every setting of a run, with its help text; `--help` is made from this page.
+
+    settings = parse(Settings)                # from the command line; mistakes end in one clear line
+
+A setting is a field of a dataclass and becomes the flag of its name. `UserError` is the one exception
+that means "the user can put this right": `run` prints it as a single line, without a traceback.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import os
+import sys
+
+
+class UserError(Exception):
+    """A mistake the user can put right. Its text names the flag, file or row and says what to do."""
+
+
+def setting(default, help, **argparse_options):
+    """A field with its flag's help text; further options go to argparse's `add_argument`."""
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
+
+
+@dataclasses.dataclass
+class Settings:
+    """The settings of train.py. Names and defaults are the reference script's, but for --resolution."""
+
+    # What is trained, and the frozen parts
+    pretrained_prior_model_name_or_path: str = setting(
+        "warp-ai/wuerstchen-prior",
+        "Folder or Hub repository with the prior (in `prior/` or at its root), the text encoder "
+        "and the tokenizer. Parts that a repository lacks come from warp-ai/wuerstchen-prior.",
+    )
+    pretrained_decoder_model_name_or_path: str = setting(
+        "warp-ai/wuerstchen",
+        "Folder or Hub repository with the decoder (Stages B and A). Only validation pictures "
+        "need it.",
+    )
+    image_encoder_name_or_path: str = setting(
+        "warp-ai/EfficientNetEncoder",
+        "Folder or Hub repository with the image encoder that turns pictures into latents.",
+    )
+
+    # Data
+    dataset_name: str = setting(
+        None,
+        "Captioned pictures: a data set's name on the Hub, or a local folder (pictures, "
+        "parquet, or written by save_to_disk), or a .parquet file.",
+    )
+    dataset_config_name: str = setting(None, "The data set's configuration, where it has several.")
+    train_data_dir: str = setting(
+        None,
+        "A folder of pictures with a metadata.jsonl of lines {\"file_name\": …, \"text\": …}. "
+        "Ignored when --dataset_name is given.",
+    )
+    image_column: str = setting("image", "The column that holds the pictures.")
+    caption_column: str = setting(
+        "text",
+        "The column that holds a caption or a list of captions; of a list, one is drawn each "
+        "time.",
+    )
+    max_train_samples: int = setting(None, "Train on this many randomly chosen rows only.")
+    resolution: int = setting(
+        768,
+        "Side of the square, in pixels, that pictures are resized and cropped to for the image "
+        "encoder; a multiple of 32. 768 gives latents of 24×24, which the decoder turns into "
+        "1024 pixels.",
+    )
+    caption_dropout: float = setting(
+        0.0,
+        "Share of samples whose caption is replaced by the empty one, which keeps "
+        "classifier-free guidance working. The authors used 0.05.",
+    )
+    dataloader_num_workers: int = setting(
+        0,
+        "Processes that decode pictures while the step runs; 0 decodes between steps.",
+    )
+
+    # Length and batch
+    train_batch_size: int = setting(1, "Pictures per device and micro-step.")
+    gradient_accumulation_steps: int = setting(1, "Micro-steps per optimizer step.")
+    num_train_epochs: int = setting(100, "Passes over the data. --max_train_steps overrides it.")
+    max_train_steps: int = setting(
+        None,
+        "Optimizer steps in all. A finished run goes on when this is raised.",
+    )
+
+    # Objective
+    loss_weighting: str = setting(
+        "none",
+        "Weight of a sample's squared error: none, or p2 = 1/(1+SNR), the authors'.",
+        choices=("none", "p2"),
+    )
+    timestep_sampling: str = setting(
+        "uniform",
+        "uniform draws t evenly in [0, 1); wuerstchen is the authors' t = 1.08·(1−U) + 0.001, "
+        "cut at 1.",
+        choices=("uniform", "wuerstchen"),
+    )
+
+    # Optimizer
+    learning_rate: float = setting(1e-4, "Learning rate after the warm-up.")
+    lr_scheduler: str = setting(
+        "constant",
+        "How the learning rate goes over the optimizer steps; constant has no warm-up.",
+        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    )
+    lr_warmup_steps: int = setting(500, "Optimizer steps in which the learning rate rises from 0.")
+    adam_beta1: float = setting(0.9, "Adam's memory of the gradient.")
+    adam_beta2: float = setting(0.999, "Adam's memory of the squared gradient.")
+    adam_weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
+    adam_epsilon: float = setting(1e-8, "Adam's smallest denominator.")
+    max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened to it.")
+    use_8bit_adam: bool = setting(
+        False,
+        "Keep Adam's state in 8 bits; needs the package bitsandbytes and a GPU.",
+    )
+    use_ema: bool = setting(
+        False,
+        "Keep an exponential moving average of the weights and export it in place of them.",
+    )
+    ema_decay: float = setting(0.9999, "The average's memory once it has warmed up.")
+
+    # Precision, memory, speed
+    mixed_precision: str = setting(
+        "no",
+        "Type of the forward pass under autocast; trained weights, noise and loss stay fp32.",
+        choices=("no", "fp16", "bf16"),
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "Compute each block again in the backward pass: a tenth of the activation memory, a "
+        "third more time.",
+    )
+    allow_tf32: bool = setting(False, "Let fp32 matrix products use TF32 on GPUs that have it.")
+
+    # Seed, checkpoints, resuming
+    seed: int = setting(None, "Makes a run repeatable. Without it one is drawn and written down.")
+    output_dir: str = setting(
+        "wuerstchen-model-finetuned",
+        "Where checkpoints, logs and the result go.",
+    )
+    checkpointing_steps: int = setting(
+        500,
+        "Optimizer steps between two checkpoints; the last step is always saved.",
+    )
+    checkpoints_total_limit: int = setting(
+        None,
+        "Keep this many checkpoints; older ones are removed once a new one is safe.",
+    )
+    resume_from_checkpoint: str = setting(
+        None,
+        "Path of a checkpoint, or `latest`: the newest whole one in --output_dir, a fresh start "
+        "where there is none.",
+    )
+    cache_dir: str = setting(None, "Where downloaded models and data sets are kept.")
+
+    # Seeing and sharing
+    logging_dir: str = setting("logs", "TensorBoard's folder inside --output_dir.")
+    logging_steps: int = setting(10, "Optimizer steps between two lines of the log.")
+    report_to: str = setting(
+        "tensorboard",
+        "Where the log goes besides the console.",
+        choices=("tensorboard", "wandb", "all", "none"),
+    )
+    tracker_project_name: str = setting("text2image-fine-tune", "The project's name in wandb.")
+    validation_prompts: list = setting(
+        None,
+        "Prompts to draw pictures for while training.",
+        nargs="+",
+    )
+    validation_epochs: int = setting(5, "Epochs between two validations.")
+    push_to_hub: bool = setting(False, "Upload the result to the Hub at the end.")
+    hub_token: str = setting(
+        None,
+        "Token for the upload. Better: `hf auth login`, or the variable HF_TOKEN.",
+    )
+    hub_model_id: str = setting(
+        None,
+        "Repository to upload to; by default --output_dir's name under your account.",
+    )
+
+    def check(self):
+        """Raise UserError for values that no run can use."""
+        at_least = {
+            "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": 1,
+            "max_train_samples": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "logging_steps": 1,
+            "validation_epochs": 1, "lr_warmup_steps": 0, "dataloader_num_workers": 0, "seed": 0, "learning_rate": 0,
+            "adam_weight_decay": 0, "adam_epsilon": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"--{name} is {value}; it must be at least {least}.")
+        for name in ("caption_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+        if self.resolution < 32 or self.resolution % 32:
+            near = max(1, round(self.resolution / 32)) * 32
+            raise UserError(
+                f"--resolution is {self.resolution}; it must be a multiple of 32, the encoder's stride: try {near}."
+            )
+        if not self.max_grad_norm > 0:
+            raise UserError("--max_grad_norm must be above 0; `inf` turns clipping off.")
+        if self.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
+            raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
+        if not self.dataset_name and not self.train_data_dir:
+            raise UserError(
+                "No data: give --dataset_name (Hub name, folder or .parquet) or --train_data_dir (a folder of pictures with metadata.jsonl)."
+            )
+
+
+def parse(kind, argv=None):
+    """The command line as a `kind` of Settings, checked. Unknown flags are errors that suggest the near ones."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(kind):
+        options = {"default": field.default, **field.metadata}
+        options["help"] = options["help"].replace("%", "%%")
+        if field.type is bool:
+            options["action"] = "store_true"
+        elif field.type is not list:
+            options["type"] = field.type
+        parser.add_argument(f"--{field.name}", **options)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{field.name}" for field in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        parser.error(f"{unknown[0]} is not known" + (f"; did you mean {near[0]}?" if near else "; see --help."))
+    settings = kind(**vars(known))
+    settings.check()
+    return settings
+
+
+def public(settings):
+    """The settings as they may be written to a file: all but the token."""
+    return {name: value for name, value in vars(settings).items() if name != "hub_token"}
+
+
+def run(main, kind):
+    """Call main(settings); a UserError becomes one line on the main rank and exit code 2."""
+    try:
+        main(parse(kind))
+    except UserError as error:
+        # A data-loading worker hands its error over wrapped in its traceback: the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
+        if os.environ.get("RANK", "0") == "0" or getattr(error, "local", False):
+            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,198 @@
+"""Captioned pictures: where they come from, how a picture becomes numbers, in which order they are read.
+
+    rows = open_rows(dataset_name, None, train_data_dir, "image", "text")
+    fingerprint = check_rows(rows)                      # every row, before the first step
+    loader = DataLoader(Pairs(rows, 768, seed), batch_sampler=…)  # {"pixels", "captions", "positions"}
+
+`datasets` reads the tables; Pillow and NumPy do the pictures, to the same numbers as torchvision's
+Resize, CenterCrop, ToTensor and Normalize.
+"""
+
+import hashlib
+import io
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from minwurst import dist, draws
+from minwurst.config import UserError
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+
+
+def open_rows(dataset_name, config_name, train_data_dir, image_column, caption_column, cache_dir=None):
+    """The split `train` as rows {"image": {"bytes", "path"}, "text": str or list of str}, undecoded.
+
+    dataset_name: a name on the Hub, a folder (pictures, parquet, or written by `save_to_disk`) or a
+    .parquet file; it goes before train_data_dir, a folder of pictures with a metadata.jsonl.
+    """
+    flag = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
+    if not dataset_name and not Path(train_data_dir).is_dir():
+        raise UserError(f"{flag}: there is no such folder.")
+    datasets.disable_progress_bars()
+    source = Path(dataset_name or train_data_dir)
+    try:
+        if not dataset_name:
+            found = datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
+        elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(dataset_name)
+        elif source.is_file():
+            found = datasets.load_dataset("parquet", data_files=dataset_name, cache_dir=cache_dir)
+        else:
+            found = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir)
+    except Exception as error:  # the library raises a score of types; its own words say what is wrong
+        cause = error.__cause__ or error
+        raise UserError(f"{flag} can't be read: {' '.join(str(cause).split())[:300]}") from None
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise UserError(f"{flag} has no split `train`, only {', '.join(found)}.")
+        found = found["train"]
+    for option, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in found.column_names:
+            raise UserError(
+                f"--{option} {column}: {flag} has the columns {', '.join(found.column_names)}."
+            )
+    if len(found) == 0:
+        raise UserError(f"{flag} is empty: its split `train` has no rows.")
+    feature = found.features[image_column]
+    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("string", "binary"):
+        raise UserError(f"--image_column {image_column} holds {feature}, not pictures.")
+    found = found.select_columns([image_column, caption_column])
+    found = found.rename_columns({image_column: "image", caption_column: "text"})
+    found = found.add_column("number", range(len(found)))  # its name, also after rows are chosen
+    return found.cast_column("image", datasets.Image(decode=False))
+
+
+def sample_rows(rows, limit, seed):
+    """At most `limit` rows, drawn by the seed; None keeps all."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(draws.epoch_order(seed, 0, len(rows))[:limit])
+
+
+def captions_of(row):
+    """A row's captions as a list of one or more; UserError names the row where there is none."""
+    captions = [row["text"]] if isinstance(row["text"], str) else row["text"]
+    good = isinstance(captions, list) and captions
+    if not good or not all(isinstance(text, str) and text.strip() for text in captions):
+        raise UserError(
+            f"Row {row['number']}: the caption is {row['text']!r}; it must be a text or a list of texts, none of them empty."
+        )
+    return captions
+
+
+def open_picture(row):
+    """A row's picture as 8-bit RGB, turned upright; transparency becomes white.
+
+    Any mode Pillow reads: palette, grey, 16 bits, CMYK, floating point. UserError names the row.
+    """
+    stored = row["image"] or {}
+    try:
+        with Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            picture.load()
+    except Exception as error:  # a broken file can raise nearly anything in a decoder
+        where = f" ({stored['path']})" if stored.get("path") else ""
+        raise UserError(f"Row {row['number']}{where}: the picture can't be read: {error}") from None
+    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's own convert() would cut, not scale
+        values = np.asarray(picture, dtype=np.float64)
+        largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(picture.mode, 65535.0)
+        picture = Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def preprocess(picture, side):
+    """Resize the shorter side to `side` (bilinear, antialiased), crop the centre, normalise.
+
+    picture: RGB. Returns (3, side, side) fp32 with ImageNet's mean and spread. One call to Pillow
+    does both: it computes only the pixels the crop keeps, and they are the same as if the whole
+    picture had been resized.
+    """
+    width, height = picture.size
+    short = min(width, height)
+    new_width, new_height = int(side * width / short), int(side * height / short)
+    left, top = round((new_width - side) / 2), round((new_height - side) / 2)
+    x, y = width / new_width, height / new_height  # picture pixels per resized pixel
+    box = (left * x, top * y, (left + side) * x, (top + side) * y)
+    square = picture.resize((side, side), Image.Resampling.BILINEAR, box=box)
+    values = np.asarray(square, dtype=np.float32) / 255                            # (side, side, 3)
+    return torch.from_numpy(((values - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1).copy())
+
+
+def check_rows(rows):
+    """Read every caption and decode every picture once, before any training; a fingerprint of them all.
+
+    Ranks share the work, threads within a rank. The first bad row is a UserError on all ranks.
+    """
+
+    def check(number):
+        row = rows[number]
+        try:
+            captions = captions_of(row)
+            open_picture(row)
+        except UserError as error:
+            return str(error), ""
+        stored = row["image"]
+        content = hashlib.sha256(stored["bytes"] or Path(stored["path"]).read_bytes())
+        content.update("\0".join(captions).encode())
+        return None, content.hexdigest()
+
+    ranks = dist.world_size()
+    mine = range(dist.rank(), len(rows), ranks)
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(check, mine), "checking the data", len(mine), disable=not dist.is_main(), leave=False)
+        checked = dict(zip(mine, bar, strict=True))
+    everyone = {number: found for part in dist.gather(checked) for number, found in part.items()}
+    errors = [everyone[number][0] for number in range(len(rows)) if everyone[number][0]]
+    if errors:
+        more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
+        raise UserError(errors[0] + more)
+    return hashlib.sha256("".join(everyone[number][1] for number in range(len(rows))).encode()).hexdigest()
+
+
+class Pairs(torch.utils.data.Dataset):
+    """The stream of samples: item p is the sample at position p, whatever order items are asked in."""
+
+    def __init__(self, rows, side, seed, caption_dropout=0.0):
+        self.rows, self.side, self.seed, self.caption_dropout = rows, side, seed, caption_dropout
+
+    def __getitem__(self, position):
+        row = self.rows[draws.row_at(self.seed, position, len(self.rows))]
+        caption = draws.caption(self.seed, position, captions_of(row), self.caption_dropout)
+        return preprocess(open_picture(row), self.side), caption, position
+
+
+def collate(samples):
+    """[(pixels, caption, position), …] → {"pixels": (B, 3, R, R), "captions": [str], "positions": [int]}."""
+    pixels, captions, positions = zip(*samples, strict=True)
+    return {"pixels": torch.stack(pixels), "captions": list(captions), "positions": list(positions)}
+
+
+def batches(pairs, micro_batches, workers, pin_memory):
+    """An iterator over batches of positions, read ahead by `workers` processes (0: read when asked)."""
+    loader = torch.utils.data.DataLoader(
+        pairs,
+        batch_sampler=micro_batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )
+    return iter(loader)
+
+
+def ignore_signals(_):
+    """A stop signal goes to the whole process group; the trainer answers it and ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

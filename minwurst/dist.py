@@ -1,0 +1,123 @@
+"""Several processes as one: `torchrun` starts them, this page joins them.
+
+    rank, world, device = start()
+    model = wrap(prior, device)
+    with sync_gradients(model, last):   # DDP averages gradients over ranks on the last micro-step only
+        ...
+
+One process is the same code with a world of 1: nothing here branches in the loop. NCCL joins GPUs,
+gloo joins CPUs. Everything that decides (stop, skip, save) is decided on numbers all ranks share.
+"""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as torch_dist
+from torch.nn.parallel import DistributedDataParallel
+
+from minwurst.config import UserError
+
+
+def start():
+    """Join the process group that torchrun's variables describe. Returns (rank, world, device)."""
+    number, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"Process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}. Start one process a GPU: torchrun --nproc_per_node=gpu."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif torch.backends.mps.is_available() and world == 1:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+    if world > 1:
+        # The wait covers what only one rank does: writing a checkpoint of 15 GB, drawing pictures.
+        torch_dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=60)
+        )
+    return number, world, device
+
+
+def stop():
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def world_size():
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def rank():
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def is_main():
+    """Whether this is the rank that writes files and talks."""
+    return rank() == 0
+
+
+def wrap(model, device):
+    """The model as DDP sees it; alone, the model itself. Starts every rank from rank 0's weights."""
+    if world_size() == 1:
+        return model
+    # The prior has no buffers; gradients live in DDP's buckets, which saves a copy of them.
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def sync_gradients(model, last):
+    """A context for one micro-step: gradients are averaged over ranks only where `last` is true."""
+    if last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def mean(value):
+    """The mean over ranks of a scalar tensor, as a float. Waits for the device."""
+    value = value.clone()
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(value)
+    return value.item() / world_size()
+
+
+def share(flags):
+    """A small tensor of each rank, as one list a rank, the same on all ranks. Waits for the device."""
+    if not torch_dist.is_initialized():
+        return [flags.tolist()]
+    everyone = [torch.empty_like(flags) for _ in range(world_size())]
+    torch_dist.all_gather(everyone, flags)
+    return torch.stack(everyone).tolist()
+
+
+def gather(value):
+    """Every rank's picklable value, as a list on all ranks."""
+    if not torch_dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function, *args):
+    """Call on the main rank only; all ranks get its result, or its UserError, and go on together."""
+    outcome = [None, None]
+    if is_main():
+        try:
+            outcome = [function(*args), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    if torch_dist.is_initialized():
+        torch_dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]

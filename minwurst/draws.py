@@ -1,0 +1,78 @@
+"""Every random number of a run, as a function of the seed and a place. Nothing random is stored.
+
+Training reads one endless stream of samples: epochs are seeded permutations of the rows, laid end to
+end. What happens to the sample at position p of the stream (its row, its caption, its timestep, its
+noise) depends on (seed, p) alone. So it is the same on any device, for any number of ranks, workers
+and accumulation steps, and a resumed run goes on where it was without replaying anything. Only
+dropout inside the network is drawn by torch, seeded anew for each (step, rank).
+"""
+
+import functools
+import secrets
+
+import numpy as np
+import torch
+
+ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT = range(5)  # one independent family of streams each
+
+
+def choose_seed(given, saved):
+    """The run's seed: the given one, else the checkpoint's, else a fresh one."""
+    chosen = [seed for seed in (given, saved) if seed is not None]
+    return chosen[0] if chosen else secrets.randbelow(2**32)
+
+
+def generator(seed, purpose, *place):
+    """A NumPy generator whose stream depends on its arguments alone (non-negative integers)."""
+    return np.random.default_rng((seed, purpose, *place))
+
+
+@functools.lru_cache(maxsize=2)  # a batch lies in one epoch or across two
+def epoch_order(seed, epoch, rows):
+    """The permutation of `rows` row numbers in which an epoch visits them."""
+    return generator(seed, ORDER, epoch).permutation(rows)
+
+
+def row_at(seed, position, rows):
+    """The row number that stands at a position of the stream: each row once in every `rows` positions."""
+    epoch, place = divmod(position, rows)
+    return int(epoch_order(seed, epoch, rows)[place])
+
+
+def positions(step, micro_step, rank, *, batch, accumulation, world):
+    """The positions of one micro-batch, as a range of length `batch`.
+
+    Optimizer step s (from 1) takes `accumulation · world · batch` positions; its micro-steps and
+    ranks cut them into pieces, so any cut of the same global batch sees the same samples.
+    """
+    start = (((step - 1) * accumulation + micro_step) * world + rank) * batch
+    return range(start, start + batch)
+
+
+def caption(seed, position, captions, dropout=0.0):
+    """One of a row's captions, evenly drawn; with probability `dropout` the empty string instead.
+
+    The empty string is what sampling's guidance uses as "no prompt", hence what must be trained.
+    """
+    draw = generator(seed, CAPTION, position)
+    if draw.random() < dropout:
+        return ""
+    return captions[int(draw.integers(len(captions)))]
+
+
+def uniform(seed, positions):
+    """One number in [0, 1) a position, (B,) fp32, for the timestep."""
+    draws = [generator(seed, TIMESTEP, int(p)).random(dtype=np.float32) for p in positions]
+    return torch.from_numpy(np.array(draws, dtype=np.float32))
+
+
+def noise(seed, positions, shape):
+    """Standard normal noise, (B, *shape) fp32."""
+    draws = [generator(seed, NOISE, int(p)).standard_normal(shape, dtype=np.float32) for p in positions]
+    return torch.from_numpy(np.stack(draws))
+
+
+def dropout_seed(seed, step, rank):
+    """What to seed torch with at the start of a step, for the dropout inside the network."""
+    words = np.random.SeedSequence((seed, DROPOUT, step, rank)).generate_state(2, np.uint32)
+    return int(words[0]) << 32 | int(words[1])

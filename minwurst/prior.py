@@ -1,0 +1,167 @@
+"""Würstchen's Stage C: the network that is trained. It predicts the noise in a 16-channel latent.
+
+    prior = WuerstchenPrior.from_pretrained(folder)
+    predicted_noise = prior(noisy_latents, t, text)
+
+The picture is kept as (B, H, W, C), channels last, from the first layer to the last: every pixel is
+then a row, which is what LayerNorm, the linear layers and attention work on, and the convolutions
+take the same memory as it lies. Parameter names and shapes are those of the class of this name in
+diffusers, so the files on the Hub load here and what is saved here loads there. The architecture is
+described in "Würstchen" (Pernias, Rampas, Richter, Pal, Aubreville 2023, arXiv 2306.00637).
+
+    B  batch        H, W  cells of the latent (24 × 24 for a picture of 1024 pixels)
+    C  width        L     text tokens (77)        D  width of the text states (1280)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+
+class GlobalResponseNorm(nn.Module):
+    """Lets each channel grow with its share of the picture's energy (ConvNeXt V2, arXiv 2301.00808).
+
+    The paper's γ·(x·n) + β + x is written as x·(1 + γ·n) + β: one pass over x, the widest tensor
+    of the network, and the norm is summed in fp32 whatever the type of x.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, x):
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        share = energy / (energy.mean(dim=-1, keepdim=True) + 1e-6)                # (B, 1, 1, C)
+        return torch.addcmul(self.beta.to(x.dtype), x, (1 + self.gamma * share).to(x.dtype))
+
+
+class ResBlock(nn.Module):
+    """Mixes neighbouring cells (3×3, each channel alone), then the channels of each cell."""
+
+    def __init__(self, c, dropout):
+        super().__init__()
+        self.depthwise = nn.Conv2d(c, c, kernel_size=3, padding=1, groups=c)
+        self.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
+        self.channelwise = nn.Sequential(
+            nn.Linear(c, 4 * c), nn.GELU(), GlobalResponseNorm(4 * c), nn.Dropout(dropout),
+            nn.Linear(4 * c, c),
+        )
+
+    def forward(self, x, r, text):
+        neighbours = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)     # (B, H, W, C)
+        return x + self.channelwise(self.norm(neighbours))
+
+
+class TimestepBlock(nn.Module):
+    """Scales and shifts every channel by what the timestep asks for."""
+
+    def __init__(self, c, c_r):
+        super().__init__()
+        self.mapper = nn.Linear(c_r, 2 * c)
+
+    def forward(self, x, r, text):
+        scale, shift = self.mapper(r)[:, None, None].to(x.dtype).chunk(2, dim=-1)  # (B, 1, 1, C)
+        return torch.addcmul(shift, x, 1 + scale)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `to_out` ends in the dropout, as diffusers numbers it."""
+
+    def __init__(self, c, nhead, dropout):
+        super().__init__()
+        self.nhead = nhead
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.Sequential(nn.Linear(c, c), nn.Dropout(dropout))
+
+    def forward(self, asking, asked):
+        q, k, v = (
+            x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)                      # (B, heads, ·, C/heads)
+            for x in (self.to_q(asking), self.to_k(asked), self.to_v(asked))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(mixed.transpose(1, 2).flatten(2))                       # (B, H·W, C)
+
+
+class AttnBlock(nn.Module):
+    """Every cell looks at all cells and at all text tokens, in one attention."""
+
+    def __init__(self, c, nhead, dropout):
+        super().__init__()
+        self.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(c, nhead, dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
+
+    def forward(self, x, r, text):
+        words = self.kv_mapper(text)                                               # (B, L, C)
+        cells = self.norm(x).flatten(1, 2).to(words.dtype)                         # (B, H·W, C)
+        mixed = self.attention(cells, torch.cat([cells, words], dim=1))
+        return x + mixed.unflatten(1, x.shape[1:3])
+
+
+def embed_timestep(t, width, max_period=10000):
+    """Sines and cosines of t·10000 at `width`/2 frequencies, from 1 down to 1/10000.
+
+    t: (B,) in [0, 1]. Returns (B, width) fp32. The fastest sine turns 1600 times while t goes from
+    0 to 1: in bf16 its argument would be noise, so t must come in fp32.
+    """
+    frequencies = torch.logspace(0, -math.log10(max_period), width // 2, device=t.device)
+    angles = t.float()[:, None] * max_period * frequencies                         # (B, width/2)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+
+
+class WuerstchenPrior(ModelMixin, ConfigMixin):
+    """The prior: `depth` times (ResBlock, TimestepBlock, AttnBlock) at one resolution.
+
+    c_in: latent channels. c: width. c_cond: width of the text states. c_r: width of the timestep
+    embedding. The published model is c_in=16, c=1536, c_cond=1280, c_r=64, depth=32, nhead=24,
+    dropout=0.1, with 993,636,896 parameters; the defaults here are diffusers'.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(self, c_in=16, c=1280, c_cond=1024, c_r=64, depth=16, nhead=16, dropout=0.1):
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.projection = nn.Conv2d(c_in, c, kernel_size=1)
+        self.cond_mapper = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            self.blocks += [ResBlock(c, dropout), TimestepBlock(c, c_r), AttnBlock(c, nhead, dropout)]
+        self.out = nn.ModuleList(
+            [nn.LayerNorm(c, eps=1e-6, elementwise_affine=False), nn.Conv2d(c, 2 * c_in, kernel_size=1)]
+        )
+
+    def enable_gradient_checkpointing(self):
+        """Keep only each block's input for the backward pass and compute the rest of it again there."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self):
+        """Keep everything the backward pass needs: a third faster, ten times the memory."""
+        self.gradient_checkpointing = False
+
+    def forward(self, x, r, c):
+        """Predict the noise in x.
+
+        x: noisy latents (B, c_in, H, W). r: timesteps (B,) in [0, 1], fp32. c: text states
+        (B, L, c_cond). Returns (B, c_in, H, W).
+        """
+        text = self.cond_mapper(c)                                                 # (B, L, C)
+        r = embed_timestep(r, self.config.c_r).to(text.dtype)                      # (B, c_r)
+        y = self.projection(x).permute(0, 2, 3, 1)                                 # (B, H, W, C)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                y = recompute_in_backward(block, y, r, text, use_reentrant=False)
+            else:
+                y = block(y, r, text)
+        norm, head = self.out
+        y = head(norm(y).permute(0, 3, 1, 2))                                      # (B, 2·c_in, H, W)
+        # 1 − b comes near zero: half precision would lose what is left of it, so the head ends in fp32.
+        a, b = y.float().chunk(2, dim=1)
+        return ((x.float() - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

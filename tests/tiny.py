@@ -1,0 +1,97 @@
+"""Make a small random Würstchen in the Hub's layout, to run the trainer and its tests on.
+
+    python -m tests.tiny runs/tiny
+
+The folder holds prior/, text_encoder/, tokenizer/, scheduler/ and image_encoder/: the classes and the
+files of the published model, a few million times fewer numbers, none of them trained. What comes out
+of training it is no picture; that the loss falls shows that every part of the trainer works together.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import tokenizers
+import torch
+import transformers
+
+from minwurst import data
+from minwurst.effnet import EfficientNetEncoder
+from minwurst.prior import WuerstchenPrior
+
+PICTURES = Path(__file__).parent / "pictures"
+STAGES = [
+    ["fused", 1, 3, 1, 8, 1], ["fused", 4, 3, 2, 12, 1], ["fused", 4, 3, 2, 16, 1],
+    ["mbconv", 4, 3, 2, 24, 1], ["mbconv", 6, 3, 1, 32, 2], ["mbconv", 6, 3, 2, 48, 1],
+]  # fmt: skip
+
+
+def make_prior(dropout=0.1, **config):
+    """A small prior whose head starts at nearly "the noise is the input", as training from scratch wants."""
+    small = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4, "dropout": dropout}
+    prior = WuerstchenPrior(**{**small, **config})
+    with torch.no_grad():
+        prior.out[1].weight.mul_(0.1), prior.out[1].bias.mul_(0.1)
+    return prior
+
+
+def make_tokenizer(captions):
+    """CLIP's kind of tokenizer, its pairs learned from a few captions."""
+    base = transformers.CLIPTokenizerFast()._tokenizer  # CLIP's normaliser and splitting, no words yet
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.normalizer, learner.pre_tokenizer = base.normalizer, base.pre_tokenizer
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    learner.train_from_iterator(
+        captions,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=700, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
+    model = json.loads(learner.to_str())["model"]
+    vocabulary = dict(model["vocab"])
+    for token in [*(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]:
+        vocabulary.setdefault(token, len(vocabulary))
+    merges = [tuple(pair) for pair in model["merges"]]
+    return transformers.CLIPTokenizerFast(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def make_text_encoder(tokenizer, width=32):
+    ends = tokenizer.eos_token_id
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, hidden_act="gelu", max_position_embeddings=77, projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=ends,
+    )  # fmt: skip
+    return transformers.CLIPTextModel(config).eval()
+
+
+def make_image_encoder(rows):
+    """A small encoder whose batch norms have seen the pictures, so that its latents have unit spread."""
+    encoder = EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean over all batches
+    pixels = torch.stack([data.preprocess(data.open_picture(row), 96) for row in rows])
+    with torch.no_grad():
+        encoder.train()(pixels)
+    return encoder.eval()
+
+
+def make(folder, seed=0, pictures=PICTURES, **prior_config):
+    """Write the whole Würstchen and return its folder."""
+    torch.manual_seed(seed)
+    folder = Path(folder)
+    rows = data.open_rows(None, None, str(pictures), "image", "text")
+    tokenizer = make_tokenizer(rows["text"])
+    text_encoder = make_text_encoder(tokenizer)
+    make_prior(c_cond=text_encoder.config.hidden_size, **prior_config).save_pretrained(folder / "prior")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
+    make_image_encoder(rows).save_pretrained(folder / "image_encoder")
+    return folder
+
+
+if __name__ == "__main__":
+    print(f"a small random Würstchen: {make(sys.argv[1])}")
