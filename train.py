@@ -13,7 +13,8 @@ import math
 
 import torch
 
-from minwurst import checkpoint, config, cost, data, diffusion, dist, draws, hub, models, optim, report
+from minwurst import checkpoint, config, cost, data, diffusion, dist, draws, hub, models, optim
+from minwurst.report import Log, closing, opening
 
 
 def main(settings):
@@ -23,7 +24,8 @@ def main(settings):
     resumed = dist.on_main(checkpoint.find, settings.resume_from_checkpoint, output_dir)
     saved, state = checkpoint.load(resumed) if resumed else ({}, checkpoint.FRESH)
     seed = settings.seed = dist.on_main(draws.choose_seed, settings.seed, state["seed"])
-    report.opening(settings, device, world, resumed, checkpoint.changes(state["settings"], vars(settings)))
+    changes = checkpoint.changes(state["settings"], config.public(settings))
+    opening(settings, device, world, resumed, changes)
 
     # ---- Data. Every row is read once before anything large is loaded.
     rows = data.open_rows(
@@ -32,81 +34,101 @@ def main(settings):
     )  # fmt: skip
     rows = data.sample_rows(rows, settings.max_train_samples, seed)
     batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
-    identity = {"global_batch": batch * accumulation * world, "data": data.check_rows(rows)}
+    global_batch = batch * accumulation * world
+    identity = {"global_batch": global_batch, "data": data.check_rows(rows)}
     checkpoint.changes(state["identity"], identity)
-    total_pictures = settings.num_train_epochs * len(rows)
-    last_step = settings.max_train_steps or math.ceil(total_pictures / identity["global_batch"])
+    first_step = state["step"] + 1
+    last_step = settings.max_train_steps
+    if last_step is None:
+        last_step = math.ceil(settings.num_train_epochs * len(rows) / global_batch)
 
     # ---- Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
-    compute_type = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[settings.mixed_precision]
+    compute_type = cost.COMPUTE_TYPES[settings.mixed_precision]
     autocast = torch.autocast(device.type, compute_type, enabled=compute_type != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=compute_type == torch.float16)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    torch.backends.cudnn.allow_tf32 = settings.allow_tf32
 
-    # ---- The frozen encoders: a batch becomes what the prior sees.
-    base = models.locate(
-        settings.pretrained_prior_model_name_or_path, "--pretrained_prior_model_name_or_path", settings.cache_dir
+    # ---- The frozen encoders turn a batch into what the prior sees.
+    prior_folder = models.locate(
+        "pretrained_prior_model_name_or_path",
+        settings.pretrained_prior_model_name_or_path,
+        settings.cache_dir,
     )
-    tokenizer, text_encoder = models.load_text(base, compute_type, settings.cache_dir)
-    image_encoder = models.load_image_encoder(
-        models.locate(settings.image_encoder_name_or_path, "--image_encoder_name_or_path", settings.cache_dir)
+    encoder_folder = models.locate(
+        "image_encoder_name_or_path", settings.image_encoder_name_or_path, settings.cache_dir
     )
-    text_encoder.to(device), image_encoder.to(device)
+    text_folder = models.text_folder(prior_folder, settings.cache_dir)
+    tokenizer, text_encoder = models.load_text(text_folder, compute_type)
+    text_encoder.to(device)
+    image_encoder = models.load_image_encoder(encoder_folder).to(device)  # fp32, as trained
 
     @torch.no_grad()
     def encode(samples):
-        """{"pixels": (B, 3, R, R), "captions": B texts} → latents (B, 16, h, w) fp32, text (B, 77, D)."""
+        """{"pixels": (B, 3, R, R), "captions": B texts} → (B, 16, h, w) fp32, (B, 77, D)."""
         encoded = image_encoder(samples["pixels"].to(device, non_blocking=True))
-        return diffusion.scale_latents(encoded), models.encode_text(tokenizer, text_encoder, samples["captions"])
+        text = models.encode_text(tokenizer, text_encoder, samples["captions"])
+        return diffusion.scale_latents(encoded), text
 
     # ---- The network, and by name what of it is trained: here, everything.
-    prior = models.load_prior(base).to(device).train()
+    prior = models.load_prior(prior_folder).to(device).train()
     models.check_fit(prior, text_encoder, image_encoder)
     if settings.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
     trainable = dict(prior.named_parameters())
-    if resumed:
-        optim.copy_into(trainable, saved["weights"])
-    model = dist.wrap(prior, device)
 
-    # ---- What moves it.
+    # ---- What moves it; and, in a resumed run, how far it had come.
     optimizer = optim.adamw(
-        trainable.values(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon, eight_bit=settings.use_8bit_adam,
-    )  # fmt: skip
+        trainable.values(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        eight_bit=settings.use_8bit_adam,
+    )
     ema = optim.EMA(trainable, settings.ema_decay) if settings.use_ema else optim.NoEMA()
     if resumed:
-        optim.restore_state(optimizer, trainable, saved.get("optimizer", {}), state["optimizer"])
+        optim.copy_into(trainable, saved["weights"])
         optim.copy_into(ema.average, saved.get("ema", {}))
+        optim.restore_state(optimizer, trainable, saved.get("optimizer", {}), state["optimizer"])
         optim.restore_scaler(scaler, state["scaler"])
+    updates = state["updates"]
     schedule = optim.learning_rates(
-        optimizer, settings.lr_scheduler, warmup=settings.lr_warmup_steps, total=last_step, updates=state["updates"]
+        optimizer,
+        settings.lr_scheduler,
+        warmup=settings.lr_warmup_steps,
+        total=last_step,
+        updates=updates,
     )
+    model = dist.wrap(prior, device)
     guard = optim.FiniteGuard(scaler.is_enabled())
 
     def save_checkpoint(step, updates):
-        """All that a resumed run needs. Random numbers are not in it: they follow from (seed, step)."""
+        """All that a resumed run needs; random numbers are not in it, they follow from the seed."""
         tensors, numbers = optim.state_by_name(optimizer, trainable)
         groups = {"weights": trainable, "optimizer": tensors, "ema": ema.average}
         facts = {
             "step": step, "updates": updates, "seed": seed, "world": world, "identity": identity,
-            "settings": config.public(settings), "optimizer": numbers, "scaler": scaler.state_dict(),
+            "settings": config.public(settings),
+            "scaler": scaler.state_dict(), "optimizer": numbers,
         }  # fmt: skip
-        dist.on_main(checkpoint.save, output_dir, step, groups, facts, settings.checkpoints_total_limit)
+        limit = settings.checkpoints_total_limit
+        dist.on_main(checkpoint.save, output_dir, step, groups, facts, limit)
 
     # ---- The stream of samples from where we stand, and where the numbers go.
-    first_step = state["step"] + 1
-    share = dict(rank=rank, batch=batch, accumulation=accumulation, world=world)
     micro_batches = [
-        draws.positions(step, micro_step, **share)
+        draws.positions(step, micro_step, rank, batch=batch, accumulation=accumulation, world=world)
         for step in range(first_step, last_step + 1)
         for micro_step in range(accumulation)
     ]
     pairs = data.Pairs(rows, settings.resolution, seed, settings.caption_dropout)
-    stream = data.batches(pairs, micro_batches, settings.dataloader_num_workers, device.type == "cuda")
-    cost.announce(settings, prior, trainable, text_encoder, image_encoder, len(rows), first_step, last_step, world)
-    log = report.Log(settings, output_dir, first_step, last_step, identity["global_batch"])
-    updates = state["updates"]
+    workers, pin_memory = settings.dataloader_num_workers, device.type == "cuda"
+    stream = data.batches(pairs, micro_batches, workers, pin_memory)
+    cost.announce(
+        settings, prior, trainable, [text_encoder, image_encoder],
+        rows=len(rows), world=world, first_step=first_step, last_step=last_step,
+    )  # fmt: skip
+    log = Log(settings, output_dir, first_step, last_step, global_batch)
 
     # ================================================================================== the loop
     for step in range(first_step, last_step + 1):
@@ -116,7 +138,7 @@ def main(settings):
             samples = next(stream)
             latents, text = encode(samples)                             # (B, 16, h, w), (B, 77, D)
 
-            # Each sample's time and noise follow from (seed, its position in the stream).
+            # A sample's time and noise follow from the seed and its position in the stream.
             uniform = draws.uniform(seed, samples["positions"])                              # (B,)
             t = diffusion.timesteps(uniform, settings.timestep_sampling).to(device)          # (B,)
             noise = draws.noise(seed, samples["positions"], latents.shape[1:]).to(device)
@@ -133,8 +155,8 @@ def main(settings):
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), settings.max_grad_norm)
-        finite = guard.check(step, step_loss, norm)  # the only time the device is waited for
-        scaler.step(optimizer)  # in fp16 an overflowed gradient leaves the weights as they are
+        finite = guard.check(step, step_loss, norm)  # reads the device, once a step
+        scaler.step(optimizer)  # in fp16, an overflowed gradient leaves the weights as they are
         scaler.update()
         optimizer.zero_grad()
         log.step(step, step_loss, norm, schedule.get_last_lr()[0])
@@ -149,8 +171,8 @@ def main(settings):
 
     log.close()
     with ema.in_place():
-        dist.on_main(hub.export_prior, output_dir / "prior_pipeline", prior, base, settings.cache_dir)
-    report.closing(output_dir, settings)
+        dist.on_main(hub.export_prior, output_dir / "prior_pipeline", prior, text_folder)
+    closing(output_dir, settings)
     dist.stop()
 
 

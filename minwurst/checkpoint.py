@@ -5,9 +5,10 @@
     tensors, state = load(folder)
 
 A checkpoint is one safetensors file per group of tensors and a state.json. It is written under a
-temporary name, flushed to the disk, sealed by a manifest with every file's size and SHA-256, and only
-then renamed; only after that are older ones removed. A kill at any moment leaves the newest complete
-checkpoint in place, and what is not complete is never taken for one. No pickle is written or read.
+temporary name, sealed by a manifest with every file's size and SHA-256, flushed to the disk, and
+only then renamed; only after that are older ones removed. A kill at any moment leaves the newest
+complete checkpoint in place, and what is not complete is never taken for one. No pickle is written
+or read.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ FRESH = {"step": 0, "updates": 0, "seed": None, "settings": {}, "identity": {}}
 
 
 def make_folder(output_dir):
-    """The output folder as a Path, made if need be; UserError where nothing can be written into it."""
+    """The output folder as a Path, made if need be; UserError where it can't be written."""
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,8 @@ def save(output_dir, step, groups, state, keep=None):
     try:
         for group, tensors in groups.items():
             if tensors:
-                save_file({name: t.detach().contiguous() for name, t in tensors.items()}, draft / f"{group}.safetensors")
+                tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+                save_file(tensors, draft / f"{group}.safetensors")
         (draft / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         seal = {file.name: describe(file) for file in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps(seal, indent=1), encoding="utf-8")
@@ -63,9 +65,10 @@ def save(output_dir, step, groups, state, keep=None):
             flush(file)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
-        size = sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
+        size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         raise UserError(
-            f"{folder}: not written ({error}); it needs {size / 2**30:.2f} GiB. Earlier checkpoints are intact."
+            f"{folder} was not written: {error}. It needs {size:,} bytes. Free some space; earlier "
+            "checkpoints are intact, and --resume_from_checkpoint=latest goes on from them."
         ) from None
     if folder.exists():
         remove(folder)
@@ -83,9 +86,10 @@ def load(folder):
 
 
 def list_all(output_dir):
-    """The folders named `checkpoint-{step}`, oldest step first. Whatever else lies there is not ours."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(NAME.fullmatch(p.name)[1]))
+    """The folders named `checkpoint-{step}`, oldest first; what else lies there is not ours."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    steps = {path: NAME.fullmatch(path.name) for path in folders}
+    return sorted((path for path in folders if steps[path]), key=lambda path: int(steps[path][1]))
 
 
 def find(wanted, output_dir):
@@ -98,7 +102,8 @@ def find(wanted, output_dir):
     if wanted is None:
         if existing:
             raise UserError(
-                f"--output_dir {output_dir} already holds {existing[-1].name}: add --resume_from_checkpoint=latest to go on, or name another folder."
+                f"--output_dir {output_dir} already holds {existing[-1].name}: add "
+                "--resume_from_checkpoint=latest to go on, or name another folder."
             )
         return None
     if wanted != "latest":
@@ -109,7 +114,7 @@ def find(wanted, output_dir):
             raise UserError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
         if reason := damage(folder):
             raise UserError(
-                f"--resume_from_checkpoint {wanted}: {reason}. Use `latest` for the newest whole checkpoint."
+                f"--resume_from_checkpoint {wanted}: {reason}. `latest` takes the newest whole one."
             )
         return folder
     for folder in reversed(existing):
@@ -118,12 +123,15 @@ def find(wanted, output_dir):
             return folder
         print(f"{folder.name} is passed over: {reason}.", flush=True)
     if existing:
-        raise UserError(f"--output_dir {output_dir}: none of its {len(existing)} checkpoints is whole; remove them to start afresh.")
+        raise UserError(
+            f"--output_dir {output_dir}: none of its {len(existing)} checkpoints is whole; remove "
+            "them to start afresh."
+        )
     return None
 
 
 def damage(folder):
-    """Why a checkpoint can't be trusted, in a few words; None where every byte is as it was sealed."""
+    """Why a checkpoint can't be trusted, in a few words; None where it is as it was sealed."""
     manifest = Path(folder) / MANIFEST
     if not manifest.is_file():
         return f"it has no {MANIFEST}, so it was not finished or is no checkpoint of this project"
@@ -145,7 +153,8 @@ def damage(folder):
 def describe(file):
     """A file's size in bytes and SHA-256, as the manifest holds them."""
     with open(file, "rb") as opened:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"size": file.stat().st_size, "sha256": digest}
 
 
 def flush(path):
@@ -156,37 +165,38 @@ def flush(path):
 
 
 def remove(folder):
-    """Remove a checkpoint: the rename first, so that a kill midway leaves nothing that looks whole."""
+    """Remove a checkpoint; the rename comes first, so that a kill midway leaves no half of one."""
     doomed = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
-# A resumed run may change these and still be the same run; any other difference is refused.
-FREE = {
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "num_train_epochs", "max_grad_norm",
-    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "ema_decay", "gradient_checkpointing", "allow_tf32",
-    "mixed_precision", "dataloader_num_workers", "output_dir", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "cache_dir", "logging_dir", "logging_steps", "report_to", "tracker_project_name",
-    "validation_prompts", "validation_epochs", "push_to_hub", "hub_token", "hub_model_id",
-    "pretrained_decoder_model_name_or_path", "train_batch_size", "gradient_accumulation_steps",
-    "train_data_dir", "dataset_name",
-}  # fmt: skip
+# What a resumed run may change and still be the same run; any other difference is refused.
+FREE = """
+    learning_rate lr_scheduler lr_warmup_steps max_train_steps num_train_epochs max_grad_norm
+    adam_beta1 adam_beta2 adam_weight_decay adam_epsilon ema_decay
+    mixed_precision gradient_checkpointing allow_tf32
+    train_batch_size gradient_accumulation_steps dataset_name train_data_dir dataloader_num_workers
+    output_dir cache_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    logging_dir logging_steps report_to tracker_project_name validation_prompts validation_epochs
+    pretrained_decoder_model_name_or_path push_to_hub hub_token hub_model_id
+""".split()
+QUIET = {"output_dir", "cache_dir", "resume_from_checkpoint"}  # nobody needs to be told of these
 
 
 def changes(before, now):
     """Lines that say what changed since a checkpoint; UserError where it may not change.
 
-    before, now: settings by name. Batch size and accumulation may change against each other, and the
-    data may have moved: that the global batch and the data's fingerprint stay is checked beside it.
+    before, now: settings by name. Batch size and accumulation may change against each other, and
+    the data may have moved: that the global batch and the data's fingerprint are the same is a
+    second call's affair.
     """
     changed = [name for name in before if name in now and before[name] != now[name]]
     for name in changed:
         if name not in FREE:
             raise UserError(
-                f"--resume_from_checkpoint: {name} was {before[name]} and is {now[name]} now, which would be "
-                "another run. Put it back, or start in another --output_dir."
+                f"--resume_from_checkpoint: {name} was {before[name]} and is {now[name]} now, so "
+                "this would be another run. Put it back, or start in another --output_dir."
             )
-    quiet = {"output_dir", "resume_from_checkpoint", "cache_dir"}
-    return [f"{name} {before[name]} → {now[name]}" for name in changed if name not in quiet]
+    return [f"{name} {before[name]} → {now[name]}" for name in changed if name not in QUIET]

@@ -1,8 +1,8 @@
 """Every setting of a run, with its help text; `--help` is made from this page.
 
-    settings = parse(Settings)                # from the command line; mistakes end in one clear line
+    settings = parse(Settings)          # from the command line; a mistake ends in one clear line
 
-A setting is a field of a dataclass and becomes the flag of its name. `UserError` is the one exception
+A setting is a field of a dataclass and becomes the flag of its name. `UserError` is the exception
 that means "the user can put this right": `run` prints it as a single line, without a traceback.
 """
 
@@ -15,7 +15,7 @@ import sys
 
 
 class UserError(Exception):
-    """A mistake the user can put right. Its text names the flag, file or row and says what to do."""
+    """A mistake the user can put right; its text names the flag, file or row and what to do."""
 
 
 def setting(default, help, **argparse_options):
@@ -23,9 +23,14 @@ def setting(default, help, **argparse_options):
     return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
 
 
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+)  # fmt: skip
+
+
 @dataclasses.dataclass
 class Settings:
-    """The settings of train.py. Names and defaults are the reference script's, but for --resolution."""
+    """The settings of train.py, named and preset as in diffusers' script, but for --resolution."""
 
     # What is trained, and the frozen parts
     pretrained_prior_model_name_or_path: str = setting(
@@ -105,7 +110,7 @@ class Settings:
     lr_scheduler: str = setting(
         "constant",
         "How the learning rate goes over the optimizer steps; constant has no warm-up.",
-        choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+        choices=SCHEDULES,
     )
     lr_warmup_steps: int = setting(500, "Optimizer steps in which the learning rate rises from 0.")
     adam_beta1: float = setting(0.9, "Adam's memory of the gradient.")
@@ -185,9 +190,10 @@ class Settings:
     def check(self):
         """Raise UserError for values that no run can use."""
         at_least = {
-            "train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1, "max_train_steps": 1,
-            "max_train_samples": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "logging_steps": 1,
-            "validation_epochs": 1, "lr_warmup_steps": 0, "dataloader_num_workers": 0, "seed": 0, "learning_rate": 0,
+            "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_samples": 1,
+            "num_train_epochs": 1, "max_train_steps": 1, "checkpointing_steps": 1,
+            "checkpoints_total_limit": 1, "logging_steps": 1, "validation_epochs": 1,
+            "lr_warmup_steps": 0, "dataloader_num_workers": 0, "seed": 0, "learning_rate": 0,
             "adam_weight_decay": 0, "adam_epsilon": 0,
         }  # fmt: skip
         for name, least in at_least.items():
@@ -200,7 +206,8 @@ class Settings:
         if self.resolution < 32 or self.resolution % 32:
             near = max(1, round(self.resolution / 32)) * 32
             raise UserError(
-                f"--resolution is {self.resolution}; it must be a multiple of 32, the encoder's stride: try {near}."
+                f"--resolution is {self.resolution}; it must be a multiple of 32, the encoder's "
+                f"stride: try {near}."
             )
         if not self.max_grad_norm > 0:
             raise UserError("--max_grad_norm must be above 0; `inf` turns clipping off.")
@@ -208,13 +215,16 @@ class Settings:
             raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
         if not self.dataset_name and not self.train_data_dir:
             raise UserError(
-                "No data: give --dataset_name (Hub name, folder or .parquet) or --train_data_dir (a folder of pictures with metadata.jsonl)."
+                "No data: give --dataset_name (Hub name, folder or .parquet) or --train_data_dir "
+                "(a folder of pictures with metadata.jsonl)."
             )
 
 
 def parse(kind, argv=None):
-    """The command line as a `kind` of Settings, checked. Unknown flags are errors that suggest the near ones."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The command line as a `kind` of Settings, checked; unknown flags are told the nearest."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for field in dataclasses.fields(kind):
         options = {"default": field.default, **field.metadata}
         options["help"] = options["help"].replace("%", "%%")
@@ -227,7 +237,8 @@ def parse(kind, argv=None):
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(kind)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
-        parser.error(f"{unknown[0]} is not known" + (f"; did you mean {near[0]}?" if near else "; see --help."))
+        hint = f"did you mean {near[0]}?" if near else "see --help."
+        parser.error(f"{unknown[0]} is not known; {hint}")
     settings = kind(**vars(known))
     settings.check()
     return settings
@@ -243,7 +254,7 @@ def run(main, kind):
     try:
         main(parse(kind))
     except UserError as error:
-        # A data-loading worker hands its error over wrapped in its traceback: the last line is ours.
+        # A data-loading worker hands its error over inside a traceback, of which ours is the end.
         line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
         if os.environ.get("RANK", "0") == "0" or getattr(error, "local", False):
             print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)

@@ -3,9 +3,9 @@
     python -m minwurst.cost
 
 Weights, gradients and optimizer state are counted from the parameters. Activations are counted by
-running the forward pass on tensors without memory and adding up what autograd keeps. The sums leave
-out what the CUDA context, the allocator's gaps and the encoders' passing needs take, so the table
-asks for a tenth of a card to be left free.
+running the forward pass on tensors without memory and adding up what autograd keeps. Left out is
+what the CUDA context, gaps in the allocator and the encoders' passing needs take; so the table
+leaves a tenth of each card free.
 """
 
 import shutil
@@ -16,147 +16,144 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from minwurst import report
 from minwurst.config import UserError
+from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
 
-GIB = 2**30
-PUBLISHED = dict(c_in=16, c=1536, c_cond=1280, c_r=64, depth=32, nhead=24, dropout=0.1)
-TEXT_PARAMETERS, ENCODER_PARAMETERS = 694_659_840, 20_198_000  # CLIP ViT-bigG's text tower, EfficientNetV2-S
+PUBLISHED = {
+    "c_in": 16, "c": 1536, "c_cond": 1280, "c_r": 64, "depth": 32, "nhead": 24, "dropout": 0.1,
+}  # fmt: skip
 
 
-def activations(prior_config, *, batch, cells, compute_type, gradient_checkpointing, tokens=77):
-    """Bytes that one forward pass of the prior in training keeps for the backward pass.
+def activations(config, *, batch, cells, compute_type, gradient_checkpointing, tokens=77):
+    """Bytes that one forward pass of the prior keeps for the backward pass.
 
-    Under autocast this includes the weights' copies in the compute type; with gradient checkpointing
-    the largest triple of blocks, computed again in the backward pass, is added.
+    config: the prior's. cells: side of the latent. Under autocast the weights' copies in the
+    compute type are among them; with gradient checkpointing the blocks that are computed again
+    together in the backward pass come on top.
     """
 
-    def kept(depth, checkpointing):
+    def kept(depth, recompute):
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
         with FakeTensorMode():
-            prior = WuerstchenPrior(**{**prior_config, "depth": depth})
-            prior.gradient_checkpointing = checkpointing
-            weights = {p.untyped_storage()._cdata for p in prior.parameters()}
-            storages = {}
-
-            def keep(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in weights:
-                    storages[storage._cdata] = storage
-                return tensor
-
-            noisy = torch.empty(batch, prior_config["c_in"], cells, cells)
-            t, text = torch.empty(batch), torch.empty(batch, tokens, prior_config["c_cond"])
+            prior = WuerstchenPrior(**{**config, "depth": depth})
+            prior.gradient_checkpointing = recompute
+            noisy = torch.empty(batch, config["c_in"], cells, cells)
+            t, text = torch.empty(batch), torch.empty(batch, tokens, config["c_cond"])
             autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
-            with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
                 prior(noisy, t, text)
-            return sum(storage.nbytes() for storage in storages.values())
+            for weight in prior.parameters():  # they are counted as weights
+                storages.pop(weight.untyped_storage()._cdata, None)
+        return sum(storage.nbytes() for storage in storages.values())
 
-    depth = prior_config["depth"]
-    # Each triple of blocks keeps the same, so two shallow networks tell what any depth keeps.
+    # Each three blocks keep the same, so two shallow networks tell what any depth keeps.
     one, two = kept(1, gradient_checkpointing), kept(2, gradient_checkpointing)
-    largest = kept(2, False) - kept(1, False) if gradient_checkpointing else 0
-    return one + (depth - 1) * (two - one) + largest
+    recomputed = kept(2, False) - kept(1, False) if gradient_checkpointing else 0
+    return one + (config["depth"] - 1) * (two - one) + recomputed
 
 
-def memory(parts, *, parameters, trained, compute_type, use_8bit_adam, use_ema):
-    """Bytes on each device by purpose. parts: {"purpose": bytes} of what the caller knows already."""
+def memory(total, trained, *, compute_type, use_8bit_adam, use_ema, gradient_checkpointing, **more):
+    """Bytes on a device by purpose. total, trained: the prior's parameters. more: known bytes."""
     half = compute_type != torch.float32
-    return {
-        "weights": 4 * trained + (2 if half else 4) * (parameters - trained),
+    needs = {
+        "weights": 4 * trained + (2 if half else 4) * (total - trained),
         "gradients": 4 * trained,
         "Adam": (2 if use_8bit_adam else 8) * trained,
-        "EMA": 4 * trained if use_ema else 0,
-        **parts,
+        "EMA": 4 * trained * use_ema,
+        # Autocast keeps them through the forward pass. Without recomputing, activations have them.
+        "half copies of weights": 2 * trained * half * gradient_checkpointing,
+        **more,
     }
+    return {purpose: count for purpose, count in needs.items() if count}
 
 
 def size_of(module):
     """Bytes of a module's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def disk(trained, *, use_8bit_adam, use_ema, saves, limit, export):
-    """(bytes of a checkpoint, bytes all of them and the exported folder will take at once)."""
-    checkpoint = (4 + (2 if use_8bit_adam else 8) + (4 if use_ema else 0)) * trained
-    kept = min(saves, limit + 1) if limit else saves  # a new one is written before the oldest goes
-    return checkpoint, kept * checkpoint + export
+def announce(settings, prior, trainable, frozen, *, rows, world, first_step, last_step):
+    """Say what the run will do and take; UserError where the disk can't hold it.
 
-
-def announce(settings, prior, trainable, text_encoder, image_encoder, rows, first_step, last_step, world):
-    """Say what the run is going to do and take; UserError where the disk can't hold it."""
-    trained = sum(p.numel() for p in trainable.values())
-    compute_type = text_encoder.dtype
-    batch, parameters = settings.train_batch_size, sum(p.numel() for p in prior.parameters())
-    global_batch = batch * settings.gradient_accumulation_steps * world
+    trainable: parameters by name. frozen: the encoders.
+    """
+    total = sum(weight.numel() for weight in prior.parameters())
+    trained = sum(weight.numel() for weight in trainable.values())
+    encoders = sum(size_of(encoder) for encoder in frozen)
+    global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * world
     report.say(
         f"{rows} rows, {global_batch} pictures a step, steps {first_step} to {last_step} "
         f"({last_step * global_batch / rows:.1f} epochs in all)"
     )
-    parts = {
-        "encoders": size_of(text_encoder) + size_of(image_encoder),
-        "activations": activations(
-            dict(prior.config), batch=batch, cells=settings.resolution // 32, compute_type=compute_type,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        ),
-    }  # fmt: skip
-    needs = memory(
-        parts, parameters=parameters, trained=trained, compute_type=compute_type,
-        use_8bit_adam=settings.use_8bit_adam, use_ema=settings.use_ema,
-    )  # fmt: skip
-    listed = ", ".join(f"{name} {gib(count)}" for name, count in needs.items() if count)
-    report.say(f"trains {trained:,} of {parameters:,} parameters")
+    common = {
+        "compute_type": COMPUTE_TYPES[settings.mixed_precision],
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+    adam = {"use_8bit_adam": settings.use_8bit_adam, "use_ema": settings.use_ema}
+    cells = settings.resolution // 32
+    kept = activations(dict(prior.config), batch=settings.train_batch_size, cells=cells, **common)
+    needs = memory(total, trained, **common, **adam, encoders=encoders, activations=kept)
+    listed = ", ".join(f"{purpose} {gib(count)}" for purpose, count in needs.items())
+    report.say(f"trains {trained:,} of {total:,} parameters")
     report.say(f"memory on each device, about {gib(sum(needs.values()))}: {listed}")
-    saves = last_step // settings.checkpointing_steps - (first_step - 1) // settings.checkpointing_steps
-    saves += last_step % settings.checkpointing_steps > 0
-    checkpoint, needed = disk(
-        trained, use_8bit_adam=settings.use_8bit_adam, use_ema=settings.use_ema, saves=saves,
-        limit=settings.checkpoints_total_limit, export=4 * parameters + size_of(text_encoder),
-    )  # fmt: skip
+
+    checkpoint = 4 * trained + (needs["Adam"] + needs.get("EMA", 0))
+    saves = len(range(first_step, last_step + 1)) // settings.checkpointing_steps + 1
+    limit = settings.checkpoints_total_limit
+    at_once = min(saves, limit + 1) if limit else saves  # the new comes before the old goes
+    needed = at_once * checkpoint + 4 * total + size_of(frozen[0])
     free = shutil.disk_usage(settings.output_dir).free
     report.say(f"disk: {gib(checkpoint)} a checkpoint, {gib(needed)} in all, {gib(free)} free")
     if free < min(needed, 2 * checkpoint):
         raise UserError(
             f"--output_dir {settings.output_dir}: {gib(free)} free, too little for a checkpoint of "
-            f"{gib(checkpoint)} and its successor. Free some space or name a folder on another disk."
+            f"{gib(checkpoint)} and its successor. Free some space or name a folder elsewhere."
         )
     if free < needed:
-        report.say("The disk will not hold all checkpoints: give --checkpoints_total_limit.")
+        report.say("The disk will not hold all checkpoints: set --checkpoints_total_limit.")
+
+
+COMPUTE_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def gib(count):
-    """12345678 → "0.01"; under a hundredth of a GiB in MiB, with the unit."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
+    """12345678 → "11.8 MiB", 12345678901 → "11.50 GiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
 
 
 def main():
     """Print, for cards of 16 to 80 GB, the largest batch at 768 pixels with each set of flags."""
-    parameters = 993_636_896
-    choices = [
-        ("--mixed_precision bf16", False, False, False),
-        ("… --gradient_checkpointing", True, False, False),
-        ("… --gradient_checkpointing --use_ema", True, False, True),
-        ("… --gradient_checkpointing --use_8bit_adam", True, True, False),
-    ]
+    with torch.device("meta"):
+        total = sum(weight.numel() for weight in WuerstchenPrior(**PUBLISHED).parameters())
+        image_encoder = size_of(EfficientNetEncoder())
+    text_encoder = 2 * 694_659_840  # CLIP ViT-bigG's text tower in half precision
     cards = (16, 24, 48, 80)
-    print("| full fine-tuning, 768 px | GiB at batch 1 | " + " | ".join(f"{c} GB" for c in cards) + " |")
+    print("| train.py --mixed_precision=bf16 and | batch 1 |", *(f"{card} GB |" for card in cards))
     print("|---|---|" + "---|" * len(cards))
-    for flags, checkpointing, eight_bit, ema in choices:
-        kept = [
-            activations(PUBLISHED, batch=b, cells=24, compute_type=torch.bfloat16, gradient_checkpointing=checkpointing)
-            for b in (1, 2)
-        ]
-        per_picture = kept[1] - kept[0]
-        frozen = {"encoders": 2 * TEXT_PARAMETERS + 4 * ENCODER_PARAMETERS, "activations": kept[0]}
-        if checkpointing:  # without it they are among what autograd keeps
-            frozen["bf16 copies of the weights"] = 2 * parameters
-        total = sum(
-            memory(
-                frozen, parameters=parameters, trained=parameters, compute_type=torch.bfloat16,
-                use_8bit_adam=eight_bit, use_ema=ema,
-            ).values()
+    for flags in (
+        "",
+        "--gradient_checkpointing",
+        "--gradient_checkpointing --use_ema",
+        "--gradient_checkpointing --use_8bit_adam",
+    ):
+        common = {
+            "compute_type": torch.bfloat16,
+            "gradient_checkpointing": "--gradient_checkpointing" in flags,
+        }
+        one, two = (activations(PUBLISHED, batch=b, cells=24, **common) for b in (1, 2))
+        needs = memory(
+            total, total, **common, use_8bit_adam="8bit" in flags, use_ema="ema" in flags,
+            encoders=text_encoder + image_encoder, activations=one,
         )  # fmt: skip
-        fits = [int((0.9 * card * 1e9 - total) // per_picture) + 1 for card in cards]
-        cells = " | ".join(f"batch {n}" if n > 0 else "–" for n in fits)
-        print(f"| `{flags}` | {total / GIB:.1f} | {cells} |")
+        first = sum(needs.values())
+        room = [int((0.9 * card * 1e9 - first) // (two - one)) + 1 for card in cards]
+        fits = [f"batch {batch} |" if batch > 0 else "– |" for batch in room]
+        print(f"| `{flags}` |" if flags else "| nothing else |", f"{gib(first)} |", *fits)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Captioned pictures: where they come from, how a picture becomes numbers, in which order they are read.
+"""Captioned pictures: where they come from, how they are checked, how they become numbers.
 
-    rows = open_rows(dataset_name, None, train_data_dir, "image", "text")
-    fingerprint = check_rows(rows)                      # every row, before the first step
-    loader = DataLoader(Pairs(rows, 768, seed), batch_sampler=…)  # {"pixels", "captions", "positions"}
+    rows = open_rows(None, None, "my_pictures", "image", "text")
+    fingerprint = check_rows(rows)                        # every row, before the first step
+    stream = batches(Pairs(rows, 768, seed), positions)   # {"pixels", "captions", "positions"}
 
 `datasets` reads the tables; Pillow and NumPy do the pictures, to the same numbers as torchvision's
 Resize, CenterCrop, ToTensor and Normalize.
@@ -18,36 +18,42 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from minwurst import dist, draws
+from minwurst import dist, draws, report
 from minwurst.config import UserError
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
-def open_rows(dataset_name, config_name, train_data_dir, image_column, caption_column, cache_dir=None):
-    """The split `train` as rows {"image": {"bytes", "path"}, "text": str or list of str}, undecoded.
+def open_rows(
+    dataset_name, config_name, train_data_dir, image_column, caption_column, cache_dir=None
+):
+    """The split `train` as rows {"image": {"bytes", "path"}, "text", "number"}, nothing decoded.
 
     dataset_name: a name on the Hub, a folder (pictures, parquet, or written by `save_to_disk`) or a
-    .parquet file; it goes before train_data_dir, a folder of pictures with a metadata.jsonl.
+    .parquet file; it goes before train_data_dir, a folder of pictures with a metadata.jsonl. A text
+    is a string or a list of strings; the number is the row's, also after rows were chosen.
     """
-    flag = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
+    flag = f"--train_data_dir {train_data_dir}"
+    if dataset_name:
+        flag = f"--dataset_name {dataset_name}"
     if not dataset_name and not Path(train_data_dir).is_dir():
         raise UserError(f"{flag}: there is no such folder.")
     datasets.disable_progress_bars()
     source = Path(dataset_name or train_data_dir)
     try:
         if not dataset_name:
-            found = datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
+            found = datasets.load_dataset(
+                "imagefolder", data_dir=train_data_dir, cache_dir=cache_dir
+            )
         elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(dataset_name)
         elif source.is_file():
             found = datasets.load_dataset("parquet", data_files=dataset_name, cache_dir=cache_dir)
         else:
             found = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir)
-    except Exception as error:  # the library raises a score of types; its own words say what is wrong
+    except Exception as error:  # the library raises a score of types; its words say what is wrong
         cause = error.__cause__ or error
         raise UserError(f"{flag} can't be read: {' '.join(str(cause).split())[:300]}") from None
     if isinstance(found, dict):
@@ -62,11 +68,12 @@ def open_rows(dataset_name, config_name, train_data_dir, image_column, caption_c
     if len(found) == 0:
         raise UserError(f"{flag} is empty: its split `train` has no rows.")
     feature = found.features[image_column]
-    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("string", "binary"):
+    stored_as = getattr(feature, "dtype", None)
+    if not isinstance(feature, datasets.Image) and stored_as not in ("string", "binary"):
         raise UserError(f"--image_column {image_column} holds {feature}, not pictures.")
     found = found.select_columns([image_column, caption_column])
     found = found.rename_columns({image_column: "image", caption_column: "text"})
-    found = found.add_column("number", range(len(found)))  # its name, also after rows are chosen
+    found = found.add_column("number", range(len(found)))
     return found.cast_column("image", datasets.Image(decode=False))
 
 
@@ -83,7 +90,8 @@ def captions_of(row):
     good = isinstance(captions, list) and captions
     if not good or not all(isinstance(text, str) and text.strip() for text in captions):
         raise UserError(
-            f"Row {row['number']}: the caption is {row['text']!r}; it must be a text or a list of texts, none of them empty."
+            f"Row {row['number']}: the caption is {row['text']!r}; it must be a text, or a list of "
+            "texts, and none of them empty."
         )
     return captions
 
@@ -95,13 +103,14 @@ def open_picture(row):
     """
     stored = row["image"] or {}
     try:
-        with Image.open(io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
+        source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
+        with Image.open(source) as opened:
             picture = ImageOps.exif_transpose(opened)
             picture.load()
     except Exception as error:  # a broken file can raise nearly anything in a decoder
         where = f" ({stored['path']})" if stored.get("path") else ""
         raise UserError(f"Row {row['number']}{where}: the picture can't be read: {error}") from None
-    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits: Pillow's own convert() would cut, not scale
+    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits, which convert() would cut, not scale
         values = np.asarray(picture, dtype=np.float64)
         largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(picture.mode, 65535.0)
         picture = Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
@@ -131,9 +140,9 @@ def preprocess(picture, side):
 
 
 def check_rows(rows):
-    """Read every caption and decode every picture once, before any training; a fingerprint of them all.
+    """Read every caption and decode every picture once; a fingerprint of them all, as hex digits.
 
-    Ranks share the work, threads within a rank. The first bad row is a UserError on all ranks.
+    Ranks share the work, and threads within a rank. The first bad row is a UserError on all ranks.
     """
 
     def check(number):
@@ -151,18 +160,19 @@ def check_rows(rows):
     ranks = dist.world_size()
     mine = range(dist.rank(), len(rows), ranks)
     with ThreadPoolExecutor() as pool:
-        bar = tqdm(pool.map(check, mine), "checking the data", len(mine), disable=not dist.is_main(), leave=False)
-        checked = dict(zip(mine, bar, strict=True))
+        found = report.progress(pool.map(check, mine), "checking the data", total=len(mine))
+        checked = dict(zip(mine, found, strict=True))
     everyone = {number: found for part in dist.gather(checked) for number, found in part.items()}
     errors = [everyone[number][0] for number in range(len(rows)) if everyone[number][0]]
     if errors:
         more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
         raise UserError(errors[0] + more)
-    return hashlib.sha256("".join(everyone[number][1] for number in range(len(rows))).encode()).hexdigest()
+    digests = "".join(everyone[number][1] for number in range(len(rows)))
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 class Pairs(torch.utils.data.Dataset):
-    """The stream of samples: item p is the sample at position p, whatever order items are asked in."""
+    """The stream of samples: item p is the sample at position p, in whatever order asked."""
 
     def __init__(self, rows, side, seed, caption_dropout=0.0):
         self.rows, self.side, self.seed, self.caption_dropout = rows, side, seed, caption_dropout
@@ -174,13 +184,13 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """[(pixels, caption, position), …] → {"pixels": (B, 3, R, R), "captions": [str], "positions": [int]}."""
+    """B × (pixels, caption, position) as {"pixels": (B, 3, R, R), "captions", "positions"}."""
     pixels, captions, positions = zip(*samples, strict=True)
     return {"pixels": torch.stack(pixels), "captions": list(captions), "positions": list(positions)}
 
 
-def batches(pairs, micro_batches, workers, pin_memory):
-    """An iterator over batches of positions, read ahead by `workers` processes (0: read when asked)."""
+def batches(pairs, micro_batches, workers=0, pin_memory=False):
+    """An iterator over batches, read ahead by `workers` processes (0: read when asked)."""
     loader = torch.utils.data.DataLoader(
         pairs,
         batch_sampler=micro_batches,
@@ -193,6 +203,6 @@ def batches(pairs, micro_batches, workers, pin_memory):
 
 
 def ignore_signals(_):
-    """A stop signal goes to the whole process group; the trainer answers it and ends its workers itself."""
+    """A stop signal goes to the whole process group; the trainer answers it, not its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

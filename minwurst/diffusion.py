@@ -1,4 +1,4 @@
-"""The diffusion process of Würstchen's Stage C: forward and backward on one page. Time runs over [0, 1].
+"""The diffusion process of Würstchen's Stage C, forward and backward. Time runs over [0, 1].
 
     noisy = add_noise(latents, noise, t)          # forward: what the loop trains on
     x = reverse_step(x, predicted, t, t_next, z)  # backward: one step of sampling
@@ -27,7 +27,7 @@ def unscale_latents(latents):
 
 
 def alpha_bar(t):
-    """ᾱ(t) = cos²((t+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2), kept within [1e-4, 0.9999]. t: (B,) fp32."""
+    """ᾱ(t) = cos²((t+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2), within [1e-4, 0.9999]. t: (B,) fp32."""
     start = math.cos(S / (1 + S) * math.pi / 2) ** 2
     return (torch.cos((t + S) / (1 + S) * math.pi / 2) ** 2 / start).clamp(1e-4, 0.9999)
 
@@ -68,10 +68,10 @@ def loss_weight(t, weighting):
 
 
 def reverse_step(x, predicted_noise, t, t_next, z):
-    """From x at time t to a sample at the earlier time t_next (DDPM, eq. 7 and 11, any step length).
+    """From x at time t to a sample at the earlier time t_next (DDPM, eq. 7 and 11, any length).
 
-    x, predicted_noise, z (fresh standard normal noise): (B, 16, H, W). t, t_next: (B,) fp32. The last
-    step, to t_next = 0, adds no noise.
+    x, predicted_noise, z (fresh standard normal noise): (B, 16, H, W). t, t_next: (B,) fp32. The
+    last step, to t_next = 0, adds no noise.
     """
     now, after = per_sample(alpha_bar(t), x), per_sample(alpha_bar(t_next), x)
     alpha = now / after                                           # what this one step keeps of x

@@ -2,7 +2,7 @@
 
     rank, world, device = start()
     model = wrap(prior, device)
-    with sync_gradients(model, last):   # DDP averages gradients over ranks on the last micro-step only
+    with sync_gradients(model, last):   # DDP averages over ranks on the last micro-step only
         ...
 
 One process is the same code with a world of 1: nothing here branches in the loop. NCCL joins GPUs,
@@ -27,7 +27,8 @@ def start():
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"Process {local_rank} of this machine has no GPU: it has {torch.cuda.device_count()}. Start one process a GPU: torchrun --nproc_per_node=gpu."
+                f"Process {local_rank} of this machine finds no GPU left of "
+                f"{torch.cuda.device_count()}. Start one a GPU: torchrun --nproc_per_node=gpu."
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -63,7 +64,7 @@ def is_main():
 
 
 def wrap(model, device):
-    """The model as DDP sees it; alone, the model itself. Starts every rank from rank 0's weights."""
+    """The model under DDP, every rank with rank 0's weights; one process has the model itself."""
     if world_size() == 1:
         return model
     # The prior has no buffers; gradients live in DDP's buckets, which saves a copy of them.
@@ -91,7 +92,7 @@ def mean(value):
 
 
 def share(flags):
-    """A small tensor of each rank, as one list a rank, the same on all ranks. Waits for the device."""
+    """A small tensor of each rank as one list a rank, the same everywhere. Waits for the device."""
     if not torch_dist.is_initialized():
         return [flags.tolist()]
     everyone = [torch.empty_like(flags) for _ in range(world_size())]
@@ -109,7 +110,7 @@ def gather(value):
 
 
 def on_main(function, *args):
-    """Call on the main rank only; all ranks get its result, or its UserError, and go on together."""
+    """Call on the main rank only; every rank gets its result or its UserError, and goes on."""
     outcome = [None, None]
     if is_main():
         try:

@@ -1,10 +1,10 @@
 """Every random number of a run, as a function of the seed and a place. Nothing random is stored.
 
-Training reads one endless stream of samples: epochs are seeded permutations of the rows, laid end to
-end. What happens to the sample at position p of the stream (its row, its caption, its timestep, its
-noise) depends on (seed, p) alone. So it is the same on any device, for any number of ranks, workers
-and accumulation steps, and a resumed run goes on where it was without replaying anything. Only
-dropout inside the network is drawn by torch, seeded anew for each (step, rank).
+Training reads one endless stream of samples: epochs are seeded permutations of the rows, laid end
+to end. What happens to the sample at position p of the stream (its row, its caption, its timestep,
+its noise) depends on (seed, p) alone. So it is the same on any device, for any number of ranks,
+workers and accumulation steps, and a resumed run goes on where it was without replaying anything.
+Only dropout inside the network is drawn by torch, seeded anew for each (step, rank).
 """
 
 import functools
@@ -34,7 +34,7 @@ def epoch_order(seed, epoch, rows):
 
 
 def row_at(seed, position, rows):
-    """The row number that stands at a position of the stream: each row once in every `rows` positions."""
+    """The row at a position of the stream: each comes once in every `rows` positions."""
     epoch, place = divmod(position, rows)
     return int(epoch_order(seed, epoch, rows)[place])
 
@@ -68,8 +68,8 @@ def uniform(seed, positions):
 
 def noise(seed, positions, shape):
     """Standard normal noise, (B, *shape) fp32."""
-    draws = [generator(seed, NOISE, int(p)).standard_normal(shape, dtype=np.float32) for p in positions]
-    return torch.from_numpy(np.stack(draws))
+    streams = [generator(seed, NOISE, int(p)) for p in positions]
+    return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
 
 
 def dropout_seed(seed, step, rank):

@@ -4,9 +4,9 @@
     latents = encoder(pictures)          # (B, 3, R, R), ImageNet mean and std → (B, 16, R/32, R/32)
 
 It defines what the prior learns to predict. Only inference is written here: no stochastic depth, no
-classifier. Parameter names are those of torchvision's `efficientnet_v2_s().features`, so the weights
-of the Hub's `warp-ai/EfficientNetEncoder` load as they are. Architecture: "EfficientNetV2" (Tan, Le
-2021, arXiv 2104.00298), table 4.
+classifier. Parameter names are those of torchvision's `efficientnet_v2_s().features`, so the Hub's
+`warp-ai/EfficientNetEncoder` loads as it is. Architecture: "EfficientNetV2" (Tan, Le 2021, arXiv
+2104.00298), table 4.
 """
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -73,7 +73,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetEncoder(ModelMixin, ConfigMixin):
-    """c_latent: channels of the latent. c_cond: channels before the mapper. effnet: the backbone's name.
+    """c_latent: channels of the latent. c_cond: channels before the mapper. effnet: the backbone.
 
     stages: another table of stages in the form of EFFICIENTNET_V2_S, for a smaller encoder; its
     stem has as many channels as its first stage. None is EfficientNetV2-S.
@@ -96,8 +96,10 @@ class EfficientNetEncoder(ModelMixin, ConfigMixin):
             layers.append(nn.Sequential(*blocks))
         layers.append(convolution(c_in, c_cond))
         self.backbone = nn.Sequential(*layers)
-        self.mapper = nn.Sequential(nn.Conv2d(c_cond, c_latent, 1, bias=False), nn.BatchNorm2d(c_latent))
+        self.mapper = nn.Sequential(
+            nn.Conv2d(c_cond, c_latent, 1, bias=False), nn.BatchNorm2d(c_latent)
+        )
 
     def forward(self, pictures):
-        """pictures: (B, 3, R, R). Returns (B, c_latent, R/32, R/32), each channel of about unit spread."""
+        """(B, 3, R, R) → (B, c_latent, R/32, R/32), each channel of about unit spread."""
         return self.mapper(self.backbone(pictures))

@@ -1,9 +1,9 @@
 """The result in the Hub's layout: a folder that every diffusers can load, part by part.
 
-    export_prior(output_dir / "prior_pipeline", prior, source, cache_dir)
+    export_prior(output_dir / "prior_pipeline", prior, text_folder)
 
-`prior_pipeline/` holds the fine-tuned prior and the unchanged text encoder, tokenizer and scheduler.
-Its model_index.json names the parts as the Hub's own repositories do, under the library name
+`prior_pipeline/` holds the fine-tuned prior and the base's text encoder and tokenizer, byte for
+byte. Its model_index.json names the parts as the Hub's own repositories do, under the library name
 "wuerstchen"; what diffusers' save_pretrained would write there does not load again.
 """
 
@@ -17,19 +17,20 @@ from minwurst import models
 from minwurst.checkpoint import flush
 
 
-def export_prior(folder, prior, source, cache_dir=None):
+def export_prior(folder, prior, text_folder):
     """Write the pipeline's folder whole or not at all; an earlier one is replaced.
 
-    prior: the fine-tuned network. source: the folder that `models.locate` gave for the base; its text
-    encoder is read again, because training held it in the compute type.
+    prior: the fine-tuned network. text_folder: where the base's text encoder and tokenizer lie.
     """
     folder = Path(folder)
-    draft = folder.with_name(f".{folder.name}.part")
+    draft, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(draft, ignore_errors=True)
-    tokenizer, text_encoder = models.load_text(source, "auto", cache_dir)
     prior.save_pretrained(draft / "prior")
-    text_encoder.save_pretrained(draft / "text_encoder")
-    tokenizer.save_pretrained(draft / "tokenizer")
+    for part in ("text_encoder", "tokenizer"):
+        (draft / part).mkdir()
+        for pattern in models.PATTERNS:
+            for file in (Path(text_folder) / part).glob(pattern):
+                shutil.copyfile(file, draft / part / file.name)
     diffusers.DDPMWuerstchenScheduler().save_pretrained(draft / "scheduler")
     index = {
         "_class_name": "WuerstchenPriorPipeline",
@@ -43,9 +44,8 @@ def export_prior(folder, prior, source, cache_dir=None):
         "tokenizer": ["transformers", "CLIPTokenizerFast"],
     }
     (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file in sorted(draft.rglob("*")):
-        flush(file)
-    old = folder.with_name(f".{folder.name}.old")
+    for path in [*draft.rglob("*"), draft]:
+        flush(path)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

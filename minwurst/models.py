@@ -1,12 +1,12 @@
 """Where the parts of a Würstchen come from: a folder or the Hub, part by part.
 
-    folder = locate("warp-ai/wuerstchen-prior", "--pretrained_prior_model_name_or_path")
+    folder = locate("pretrained_prior_model_name_or_path", "warp-ai/wuerstchen-prior")
     prior = load_prior(folder)
-    tokenizer, text_encoder = load_text(folder, dtype=torch.bfloat16)
-    image_encoder = load_image_encoder(locate("warp-ai/EfficientNetEncoder", "--image_encoder_name_or_path"))
+    tokenizer, text_encoder = load_text(text_folder(folder), torch.bfloat16)
+    image_encoder = load_image_encoder(locate("image_encoder_name_or_path", "my_encoder"))
 
-Parts are loaded one by one because the Hub's Würstchen pipelines do not load as a whole in diffusers
-0.38 or newer. Only safetensors and JSON are read: no pickle, no remote code.
+Parts are loaded one by one because the Hub's Würstchen pipelines do not load as a whole since
+diffusers 0.38. Only safetensors and JSON are read: no pickle, no remote code.
 """
 
 from pathlib import Path
@@ -14,96 +14,109 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
 from minwurst.config import UserError
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
 
-COMPLETE_PRIOR = "warp-ai/wuerstchen-prior"  # has the text encoder that prior-only repositories lack
+COMPLETE = "warp-ai/wuerstchen-prior"  # has the text encoder, where a repository has none
+PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 transformers.utils.logging.disable_progress_bar()
 
 
-def locate(name, flag, cache_dir=None):
-    """The local folder of a model: the folder itself, or a Hub repository's files, downloaded."""
+def locate(flag, name, cache_dir=None):
+    """The local folder of a model: `name` itself, or a Hub repository's files, downloaded."""
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise UserError(f"{flag} {name}: there is no such folder.")
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"--{flag} {name}: there is no such folder.")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                cache_dir=cache_dir,
-                allow_patterns=["*.json", "*.txt", "*.safetensors"],
-                ignore_patterns=["*.fp16.safetensors"],  # the same weights a second time
-            )
+        folder = huggingface_hub.snapshot_download(
+            name,
+            cache_dir=cache_dir,
+            allow_patterns=PATTERNS,
+            ignore_patterns=["*.fp16.safetensors"],  # the same weights a second time
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{flag} {name}: no such folder here, and the Hub does not give it ({type(error).__name__}: {reason}). Name a local folder, or mend the connection or the name."
+            f"--{flag} {name}: no such folder here, and not to be had from the Hub "
+            f"({type(error).__name__}: {reason}). Name a local folder, or mend the name or the "
+            "connection."
         ) from None
+    return Path(folder)
 
 
-def load_part(load, folder, part, needs):
-    """load(folder/part), where a missing or broken part is a UserError that names it."""
+def is_prior_alone(folder):
+    """Whether a folder is a repository of the prior alone, with its config at the root."""
+    return not (Path(folder) / "prior").is_dir() and (Path(folder) / "config.json").is_file()
+
+
+def text_folder(folder, cache_dir=None):
+    """The folder with text_encoder/ and tokenizer/ that go with the prior in `folder`."""
+    if is_prior_alone(folder):
+        return locate("pretrained_prior_model_name_or_path", COMPLETE, cache_dir)
+    return Path(folder)
+
+
+def load_part(load, folder, part, needed="config.json"):
+    """load(folder/part); where that is missing or broken, a UserError names it."""
     place = Path(folder) / part
-    if not (place / needs).is_file():
-        raise UserError(f"{folder} is no Würstchen as it stands: {Path(part) / needs} is missing.")
+    if not (place / needed).is_file():
+        raise UserError(f"{folder} is no whole Würstchen: {Path(part) / needed} is missing in it.")
     try:
         return load(place)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise UserError(f"{place} can't be loaded: {' '.join(str(error).split())[:300]}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{place} can't be loaded: {reason}") from None
 
 
-def load_weights(kind, place, **options):
-    """A diffusers-style model from its folder, in fp32; every tensor must be there and be known."""
-    model, report = kind.from_pretrained(
-        place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True, **options
+def load_weights(kind, place):
+    """A model of our own class from its folder, in fp32; not a tensor may lack or be unknown."""
+    model, found = kind.from_pretrained(
+        place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
     )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            raise ValueError(f"{what.replace('_', ' ')} in its weights: {', '.join(map(str, report[what][:3]))}")
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[problem]:
+            keys = ", ".join(str(key) for key in found[problem][:3])
+            raise ValueError(f"its weights have {problem.replace('_', ' ')}: {keys}")
     return model.float()
 
 
 def load_prior(folder):
-    """The prior in fp32, from `folder/prior` or, in a repository of the prior alone, from its root."""
-    at_root = not (Path(folder) / "prior").is_dir() and (Path(folder) / "config.json").is_file()
-    part = "." if at_root else "prior"
-    return load_part(lambda place: load_weights(WuerstchenPrior, place), folder, part, "config.json")
+    """The prior in fp32, from `folder/prior` or, where it stands alone, from the root."""
+    part = "." if is_prior_alone(folder) else "prior"
+    return load_part(lambda place: load_weights(WuerstchenPrior, place), folder, part)
 
 
-def load_text(folder, dtype, cache_dir=None):
-    """(tokenizer, frozen text encoder in `dtype`); from the complete repository where `folder` is the prior alone."""
-    if not (Path(folder) / "text_encoder").is_dir() and (Path(folder) / "config.json").is_file():
-        folder = locate(COMPLETE_PRIOR, "--pretrained_prior_model_name_or_path", cache_dir)
-    tokenizer = load_part(
-        transformers.CLIPTokenizerFast.from_pretrained, folder, "tokenizer", "tokenizer_config.json"
-    )
-    text_encoder = load_part(
-        lambda place: transformers.CLIPTextModel.from_pretrained(place, dtype=dtype, use_safetensors=True),
-        folder, "text_encoder", "config.json",
-    )  # fmt: skip
-    return tokenizer, text_encoder.requires_grad_(False).eval()
+def load_text(folder, dtype):
+    """(tokenizer, frozen text encoder in `dtype`) from a folder that `text_folder` gave."""
+
+    def encoder(place):
+        return transformers.CLIPTextModel.from_pretrained(place, dtype=dtype, use_safetensors=True)
+
+    read = transformers.CLIPTokenizerFast.from_pretrained
+    tokenizer = load_part(read, folder, "tokenizer", "tokenizer_config.json")
+    return tokenizer, load_part(encoder, folder, "text_encoder").requires_grad_(False).eval()
 
 
 def load_image_encoder(folder):
     """The frozen image encoder, fp32 as its authors ran it."""
-    encoder = load_part(lambda place: load_weights(EfficientNetEncoder, place), folder, ".", "config.json")
+    encoder = load_part(lambda place: load_weights(EfficientNetEncoder, place), folder, ".")
     return encoder.requires_grad_(False).eval()
 
 
 def check_fit(prior, text_encoder, image_encoder):
-    """The three parts must agree on their widths; UserError names the two that don't."""
+    """UserError where the three parts do not agree on their widths."""
     text, latent = text_encoder.config.hidden_size, image_encoder.config.c_latent
-    if text != prior.config.c_cond:
-        raise UserError(f"The text encoder is {text} wide, but the prior expects {prior.config.c_cond}.")
-    if latent != prior.config.c_in:
+    c_in, c_cond = prior.config.c_in, prior.config.c_cond
+    if text != c_cond:
+        raise UserError(f"The text encoder is {text} wide, but the prior expects {c_cond}.")
+    if latent != c_in:
         raise UserError(
-            f"--image_encoder_name_or_path: its latents have {latent} channels, the prior's {prior.config.c_in}."
+            f"--image_encoder_name_or_path gives {latent} channels, but the prior takes {c_in}."
         )
 
 
@@ -114,6 +127,10 @@ def encode_text(tokenizer, text_encoder, captions):
     Padded tokens are masked, as they are when sampling. What goes beyond 77 tokens is cut.
     """
     tokens = tokenizer(
-        captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     ).to(text_encoder.device)
     return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state

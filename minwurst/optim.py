@@ -4,8 +4,8 @@
     schedule = learning_rates(optimizer, "cosine", warmup=500, total=15000, updates=0)
     ema = EMA(trainable, decay=0.9999)
 
-`trainable` maps names to parameters; optimizer state is saved and restored by these names, so that a
-file says whose state it holds.
+`trainable` maps names to parameters; optimizer state is saved and restored by these names, so that
+a file says whose state it holds.
 """
 
 import contextlib
@@ -42,7 +42,8 @@ def restore_state(optimizer, trainable, tensors, numbers):
     for path, value in {**tensors, **numbers}.items():
         name, key = path.rsplit(".", 1)
         state.setdefault(places[name], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def restore_scaler(scaler, saved):
@@ -52,7 +53,7 @@ def restore_scaler(scaler, saved):
 
 
 def learning_rates(optimizer, name, *, warmup, total, updates):
-    """The schedule as it stands after `updates` optimizer steps. It counts optimizer steps, nothing else."""
+    """The schedule as it stands after `updates` optimizer steps, the only thing it counts."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return get_scheduler(
@@ -74,7 +75,7 @@ class FiniteGuard:
     def check(self, step, loss, norm):
         """True where the update may be made, the same on all ranks; raises UserError to stop."""
         ranks = dist.share(torch.stack([loss.isfinite(), norm.isfinite()]).float())
-        advice = "Nothing was updated or saved in this step. Lower --learning_rate, or prefer bf16 to fp16."
+        advice = "It changed no weight. Lower --learning_rate, or take bf16 instead of fp16."
         bad = [rank for rank, (loss_is_finite, _) in enumerate(ranks) if not loss_is_finite]
         if bad:
             raise UserError(f"Step {step}: the loss is not finite on rank {bad[0]}. {advice}")
@@ -83,12 +84,12 @@ class FiniteGuard:
         if not finite and (not self.fp16 or self.skipped > self.patience):
             raise UserError(f"Step {step}: the gradient is not finite. {advice}")
         if not finite:
-            report.say(f"step {step}: skipped, a gradient overflowed in fp16 ({self.skipped} in a row)")
+            report.say(f"step {step} skipped: gradient overflow in fp16, {self.skipped} in a row")
         return finite
 
 
 class EMA:
-    """An exponential moving average of the weights, in fp32: average += (1 − decay)·(weight − average).
+    """The weights' exponential moving average, fp32: average += (1 − decay)·(weight − average).
 
     Early on the decay is (1 + n)/(10 + n) after n updates, so that the average forgets the start.
     """
@@ -105,7 +106,7 @@ class EMA:
 
     @contextlib.contextmanager
     def in_place(self):
-        """Within the context the model holds the averaged weights; the two change places, no copy is made."""
+        """Within the context the model holds the average: the two change places, uncopied."""
         self.swap()
         try:
             yield

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 
 class GlobalResponseNorm(nn.Module):
-    """Lets each channel grow with its share of the picture's energy (ConvNeXt V2, arXiv 2301.00808).
+    """Lets a channel grow with its share of the picture's energy (ConvNeXt V2, arXiv 2301.00808).
 
     The paper's γ·(x·n) + β + x is written as x·(1 + γ·n) + β: one pass over x, the widest tensor
     of the network, and the norm is summed in fp32 whatever the type of x.
@@ -81,7 +81,7 @@ class Attention(nn.Module):
 
     def forward(self, asking, asked):
         q, k, v = (
-            x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)                      # (B, heads, ·, C/heads)
+            x.unflatten(-1, (self.nhead, -1)).transpose(1, 2)              # (B, heads, ·, C/heads)
             for x in (self.to_q(asking), self.to_k(asked), self.to_v(asked))
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
@@ -133,13 +133,13 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
         self.cond_mapper = nn.Sequential(nn.Linear(c_cond, c), nn.LeakyReLU(0.2), nn.Linear(c, c))
         self.blocks = nn.ModuleList()
         for _ in range(depth):
-            self.blocks += [ResBlock(c, dropout), TimestepBlock(c, c_r), AttnBlock(c, nhead, dropout)]
-        self.out = nn.ModuleList(
-            [nn.LayerNorm(c, eps=1e-6, elementwise_affine=False), nn.Conv2d(c, 2 * c_in, kernel_size=1)]
-        )
+            self.blocks += [ResBlock(c, dropout), TimestepBlock(c, c_r)]
+            self.blocks += [AttnBlock(c, nhead, dropout)]
+        norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
+        self.out = nn.ModuleList([norm, nn.Conv2d(c, 2 * c_in, kernel_size=1)])
 
     def enable_gradient_checkpointing(self):
-        """Keep only each block's input for the backward pass and compute the rest of it again there."""
+        """Keep only each block's input for the backward pass, and compute the rest again there."""
         self.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self):
@@ -161,7 +161,7 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
             else:
                 y = block(y, r, text)
         norm, head = self.out
-        y = head(norm(y).permute(0, 3, 1, 2))                                      # (B, 2·c_in, H, W)
-        # 1 − b comes near zero: half precision would lose what is left of it, so the head ends in fp32.
+        y = head(norm(y).permute(0, 3, 1, 2))                                 # (B, 2·c_in, H, W)
+        # 1 − b can come near zero, where half precision has nothing left: the head ends in fp32.
         a, b = y.float().chunk(2, dim=1)
         return ((x.float() - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

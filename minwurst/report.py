@@ -19,6 +19,11 @@ def say(text):
         tqdm.write(text)
 
 
+def progress(items, label, **options):
+    """The items, with a bar on a terminal; None switches it off where there is none."""
+    return tqdm(items, label, disable=None if dist.is_main() else True, **options)
+
+
 class NullTracker:
     """Takes what a tracker takes and drops it."""
 
@@ -30,7 +35,7 @@ class NullTracker:
 
 
 class TensorBoardTracker:
-    """Scalars to TensorBoard; a resumed run hides what an interrupted one logged after its checkpoint."""
+    """Scalars to TensorBoard; a resumed run hides what was logged after its checkpoint."""
 
     def __init__(self, folder, first_step):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
@@ -63,14 +68,13 @@ class Log:
     def __init__(self, settings, output_dir, first_step, last_step, global_batch):
         folder = output_dir / settings.logging_dir
         self.tracker = make_tracker(settings.report_to, folder, first_step)
-        self.every, self.last_step, self.global_batch = settings.logging_steps, last_step, global_batch
+        self.every, self.last_step = settings.logging_steps, last_step
+        self.global_batch = global_batch
         self.loss, self.written, self.then = 0.0, first_step - 1, time.perf_counter()
-        # A bar belongs on a terminal only: None switches it off where there is none.
-        hidden = None if dist.is_main() else True
-        self.bar = tqdm(initial=self.written, total=last_step, desc="steps", disable=hidden)
+        self.bar = progress(None, "steps", initial=self.written, total=last_step)
 
     def step(self, step, loss, norm, learning_rate):
-        """loss: this rank's mean of the step, on the device. norm: the gradients', before clipping."""
+        """loss: this rank's mean over the step. norm: the gradients', before clipping. Tensors."""
         self.loss = self.loss + loss
         self.bar.update()
         if step % self.every and step != self.last_step:
@@ -85,7 +89,8 @@ class Log:
         self.tracker.scalars(step, values)
         say(
             f"step {step}/{self.last_step}  loss {values['loss']:.5f}  lr {learning_rate:.2e}  "
-            f"gradient {values['gradient_norm']:.3g}  {values['pictures_per_second']:.3g} pictures/s"
+            f"gradient {values['gradient_norm']:.3f}  "
+            f"{values['pictures_per_second']:.2f} pictures/s"
         )
         self.loss, self.written, self.then = 0.0, step, now
 

@@ -2,9 +2,10 @@
 
     python -m tests.tiny runs/tiny
 
-The folder holds prior/, text_encoder/, tokenizer/, scheduler/ and image_encoder/: the classes and the
-files of the published model, a few million times fewer numbers, none of them trained. What comes out
-of training it is no picture; that the loss falls shows that every part of the trainer works together.
+The folder holds prior/, text_encoder/, tokenizer/, scheduler/ and image_encoder/: the classes and
+files of the published model with a ten-thousandth of its numbers, none of them trained. What comes
+out of training it is no picture; that the loss falls shows that all parts of the trainer work
+together.
 """
 
 import json
@@ -28,9 +29,9 @@ STAGES = [
 
 
 def make_prior(dropout=0.1, **config):
-    """A small prior whose head starts at nearly "the noise is the input", as training from scratch wants."""
-    small = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4, "dropout": dropout}
-    prior = WuerstchenPrior(**{**small, **config})
+    """A small prior whose head starts near "the noise is the input", as fresh weights need it."""
+    config = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4, **config}
+    prior = WuerstchenPrior(**config, dropout=dropout)
     with torch.no_grad():
         prior.out[1].weight.mul_(0.1), prior.out[1].bias.mul_(0.1)
     return prior
@@ -38,7 +39,7 @@ def make_prior(dropout=0.1, **config):
 
 def make_tokenizer(captions):
     """CLIP's kind of tokenizer, its pairs learned from a few captions."""
-    base = transformers.CLIPTokenizerFast()._tokenizer  # CLIP's normaliser and splitting, no words yet
+    base = transformers.CLIPTokenizerFast()._tokenizer  # how CLIP cuts text
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     learner.normalizer, learner.pre_tokenizer = base.normalizer, base.pre_tokenizer
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -59,15 +60,16 @@ def make_tokenizer(captions):
 def make_text_encoder(tokenizer, width=32):
     ends = tokenizer.eos_token_id
     config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=4, hidden_act="gelu", max_position_embeddings=77, projection_dim=width,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu", projection_dim=width,
+        max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=ends,
     )  # fmt: skip
     return transformers.CLIPTextModel(config).eval()
 
 
 def make_image_encoder(rows):
-    """A small encoder whose batch norms have seen the pictures, so that its latents have unit spread."""
+    """A small encoder whose batch norms have seen the pictures: its latents have unit spread."""
     encoder = EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -85,7 +87,7 @@ def make(folder, seed=0, pictures=PICTURES, **prior_config):
     rows = data.open_rows(None, None, str(pictures), "image", "text")
     tokenizer = make_tokenizer(rows["text"])
     text_encoder = make_text_encoder(tokenizer)
-    make_prior(c_cond=text_encoder.config.hidden_size, **prior_config).save_pretrained(folder / "prior")
+    make_prior(**prior_config).save_pretrained(folder / "prior")
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.save_pretrained(folder / "text_encoder")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")

@@ -1,0 +1,56 @@
+"""One optimizer step at the real size, measured: 993,636,896 parameters, random weights, one picture.
+
+    python -m tests.real_size runs/real          # needs 24 GB of memory and 25 GB of disk
+
+train.py runs as it is, with the published prior's and image encoder's sizes, AdamW, fp32 weights,
+bf16 autocast, gradient checkpointing and 768 pixels, checkpoint and export included. The text
+encoder has the real width but two layers; the missing ones would take 1.3 GB more in bf16.
+"""
+
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+
+from minwurst import cost, data
+from minwurst.effnet import EfficientNetEncoder
+from minwurst.prior import WuerstchenPrior
+from tests import tiny
+
+
+def make(folder):
+    """A random Würstchen of the published sizes in the Hub's layout."""
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    tokenizer = tiny.make_tokenizer(rows["text"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tiny.make_text_encoder(tokenizer, width=1280).save_pretrained(folder / "text_encoder")
+    diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
+    EfficientNetEncoder().save_pretrained(folder / "image_encoder")
+    WuerstchenPrior(**cost.PUBLISHED).save_pretrained(folder / "prior")
+
+
+def main(folder):
+    if not (folder / "prior").is_dir():
+        # In a process of its own, so that its memory is given back before training starts.
+        code = f"from pathlib import Path; from tests import real_size; real_size.make(Path({str(folder)!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    start = time.perf_counter()
+    subprocess.run(
+        [
+            sys.executable, "train.py", f"--pretrained_prior_model_name_or_path={folder}",
+            f"--image_encoder_name_or_path={folder / 'image_encoder'}",
+            f"--train_data_dir={tiny.PICTURES}", f"--output_dir={folder / 'out'}",
+            "--max_train_steps=1", "--mixed_precision=bf16", "--gradient_checkpointing",
+            "--resume_from_checkpoint=latest", "--report_to=none", *sys.argv[2:],
+        ],
+        check=True,
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"peak memory {cost.gib(peak)}, {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
