@@ -110,7 +110,9 @@ def embed_timestep(t, width, max_period=10000):
     t: (B,) in [0, 1]. Returns (B, width) fp32. The fastest sine turns 1600 times while t goes from
     0 to 1: in bf16 its argument would be noise, so t must come in fp32.
     """
-    frequencies = torch.logspace(0, -math.log10(max_period), width // 2, device=t.device)
+    half = width // 2
+    step = math.log(max_period) / (half - 1)
+    frequencies = torch.exp(-step * torch.arange(half, device=t.device).float())   # (width/2,)
     angles = t.float()[:, None] * max_period * frequencies                         # (B, width/2)
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 

@@ -17,7 +17,6 @@ import diffusers
 
 from minwurst import cost, data
 from minwurst.effnet import EfficientNetEncoder
-from minwurst.prior import WuerstchenPrior
 from tests import tiny
 
 
@@ -29,7 +28,7 @@ def make(folder):
     tiny.make_text_encoder(tokenizer, width=1280).save_pretrained(folder / "text_encoder")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
     EfficientNetEncoder().save_pretrained(folder / "image_encoder")
-    WuerstchenPrior(**cost.PUBLISHED).save_pretrained(folder / "prior")
+    tiny.make_prior(**cost.PUBLISHED).save_pretrained(folder / "prior")
 
 
 def main(folder):

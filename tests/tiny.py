@@ -28,10 +28,10 @@ STAGES = [
 ]  # fmt: skip
 
 
-def make_prior(dropout=0.1, **config):
+def make_prior(**config):
     """A small prior whose head starts near "the noise is the input", as fresh weights need it."""
-    config = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4, **config}
-    prior = WuerstchenPrior(**config, dropout=dropout)
+    small = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4}
+    prior = WuerstchenPrior(**{**small, **config})
     with torch.no_grad():
         prior.out[1].weight.mul_(0.1), prior.out[1].bias.mul_(0.1)
     return prior

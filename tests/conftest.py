@@ -1,0 +1,132 @@
+"""What the tests share: a small Würstchen, and the trainer run in this process or under torchrun."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the Hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import socket  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import datasets  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import train  # noqa: E402
+from minwurst import config  # noqa: E402
+from tests import tiny  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tables that `datasets` prepares for a test go with the test."""
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+@pytest.fixture(scope="session")
+def wuerstchen(tmp_path_factory):
+    """The folder of a small Würstchen whose prior has dropout 0.1."""
+    return tiny.make(tmp_path_factory.mktemp("wuerstchen"))
+
+
+@pytest.fixture(scope="session")
+def still_wuerstchen(tmp_path_factory):
+    """The same without dropout, so that any cut of a batch must give the same step."""
+    return tiny.make(tmp_path_factory.mktemp("still"), dropout=0.0)
+
+
+@pytest.fixture(scope="session")
+def torchvision_numbers(tmp_path_factory):
+    """Inputs and outputs of torchvision's encoder and preprocessing, by name."""
+    folder, file = ROOT / ".torchvision", tmp_path_factory.mktemp("numbers") / "numbers.safetensors"
+    assert folder.is_dir(), (
+        "pip install --no-deps --target .torchvision 'torchvision>=0.25,<0.29' (see README)"
+    )
+    paths = f"{folder}{os.pathsep}{ROOT}"
+    command(sys.executable, "tests/torchvision_numbers.py", file, PYTHONPATH=paths)
+    return load_file(file)
+
+
+def flags(wuerstchen, output_dir, **changed):
+    """A command line for a short run on the small pictures; a setting of True is a bare flag."""
+    settings = {
+        "pretrained_prior_model_name_or_path": wuerstchen,
+        "image_encoder_name_or_path": Path(wuerstchen) / "image_encoder",
+        "train_data_dir": tiny.PICTURES,
+        "output_dir": output_dir,
+        "resolution": 64,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "report_to": "none",
+        **changed,
+    }
+    given = {name: value for name, value in settings.items() if value not in (None, False)}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def train_here(wuerstchen, output_dir, **changed):
+    """train.py in this process, which saves the seconds that imports take. Returns output_dir."""
+    train.main(config.parse(config.Settings, flags(wuerstchen, output_dir, **changed)))
+    return Path(output_dir)
+
+
+def start(*words, **variables):
+    """A command in the repository's root, with one thread a process and both streams in one."""
+    return subprocess.Popen(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def command(*words, check=True, **variables):
+    """Run a command to its end; returns (exit code, what it printed)."""
+    process = start(*words, **variables)
+    printed, _ = process.communicate(timeout=300)
+    assert not check or process.returncode == 0, printed
+    return process.returncode, printed
+
+
+def torchrun(ranks, wuerstchen, output_dir, **changed):
+    """train.py on several ranks of this machine. Returns output_dir."""
+    agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    agent += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    command(*agent, "train.py", *flags(wuerstchen, output_dir, **changed))
+    return Path(output_dir)
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def saved(folder):
+    """All tensors of a checkpoint as {"weights/name": tensor, …}."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    assert files, f"{folder} holds no tensors"
+    return {f"{f.stem}/{name}": tensor for f in files for name, tensor in load_file(f).items()}
+
+
+def assert_bitwise_equal(folder, other):
+    """Two checkpoints hold the same tensors, bit for bit."""
+    one, two = saved(folder), saved(other)
+    assert one.keys() == two.keys()
+    differing = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not differing, f"{len(differing)} of {len(one)} tensors differ, first {differing[:3]}"
+
+
+def relative(found, expected):
+    """‖found − expected‖ / ‖expected‖ in fp64."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()

@@ -1,0 +1,87 @@
+"""The stream of samples: each row once an epoch, whatever the cut; every draw a function of its place."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from minwurst import draws
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulation", "world"), [(7, 2, 3, 2), (10, 4, 1, 3), (1, 3, 2, 1)])
+def test_each_row_once_an_epoch(rows, batch, accumulation, world):
+    """Counted over whole epochs that no batch and no number of ranks divides."""
+    epochs = 6
+    steps = -(-epochs * rows // (batch * accumulation * world))
+    seen = [
+        draws.row_at(5, position, rows)
+        for step, micro_step, rank in itertools.product(
+            range(1, steps + 1), range(accumulation), range(world)
+        )
+        for position in draws.positions(
+            step, micro_step, rank, batch=batch, accumulation=accumulation, world=world
+        )
+    ]
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+def test_any_cut_of_a_global_batch_sees_the_same_samples():
+    cuts = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+    for step in (1, 2, 9):
+        taken = [
+            sorted(
+                position
+                for micro_step, rank in itertools.product(range(accumulation), range(world))
+                for position in draws.positions(
+                    step, micro_step, rank, batch=batch, accumulation=accumulation, world=world
+                )
+            )
+            for batch, accumulation, world in cuts
+        ]
+        assert all(positions == list(range(4 * step - 4, 4 * step)) for positions in taken)
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    orders = [tuple(draws.epoch_order(seed, epoch, 50)) for seed in (1, 2) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+def test_draws_do_not_depend_on_the_batch():
+    together = draws.noise(3, [10, 11, 12], (16, 2, 2))
+    alone = draws.noise(3, [11], (16, 2, 2))
+    assert torch.equal(together[1], alone[0])
+    assert torch.equal(draws.uniform(3, [10, 11])[1], draws.uniform(3, [11])[0])
+
+
+def test_draws_are_distributed_as_they_should():
+    noise = draws.noise(0, range(400), (16, 3, 3))
+    assert abs(noise.mean().item()) < 0.01
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    uniform = draws.uniform(0, range(4000)).numpy()
+    assert 0 <= uniform.min() and uniform.max() < 1
+    assert np.histogram(uniform, 4, (0, 1))[0].min() > 900
+    # No sample's timestep may tell anything of its noise.
+    pairs = np.corrcoef(uniform[:400], noise[:, 0, 0, 0].numpy())
+    assert abs(pairs[0, 1]) < 0.15
+
+
+def test_caption_choice_and_dropout():
+    captions = ["a", "b", "c"]
+    drawn = [draws.caption(1, position, captions, 0.25) for position in range(4000)]
+    shares = {text: drawn.count(text) / 4000 for text in ["", *captions]}
+    assert all(share == pytest.approx(0.25, abs=0.03) for share in shares.values())
+    assert drawn == [draws.caption(1, position, captions, 0.25) for position in range(4000)]
+    assert "" not in [draws.caption(1, position, captions) for position in range(500)]
+
+
+def test_dropout_seeds_differ_by_step_and_rank():
+    seeds = {draws.dropout_seed(9, step, rank) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 200
+
+
+def test_seed_is_given_or_saved_or_drawn():
+    assert draws.choose_seed(0, 5) == 0
+    assert draws.choose_seed(None, 5) == 5
+    assert draws.choose_seed(None, None) != draws.choose_seed(None, None)

@@ -1,0 +1,120 @@
+"""The prior: numerically diffusers' class, and nothing changes when it recomputes."""
+
+import sys
+
+import diffusers
+import pytest
+import torch
+
+from minwurst import cost
+from minwurst.prior import WuerstchenPrior, embed_timestep
+from tests import tiny
+from tests.conftest import relative
+
+# The module that defines the public pipeline names the prior's class, in every version.
+Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(ours, diffusers') at the published width, three blocks a kind, same weights, head shrunk."""
+    torch.manual_seed(0)
+    config = {**cost.PUBLISHED, "depth": 2, "dropout": 0.0}
+    reference = Reference(**config)
+    with torch.no_grad():
+        reference.out[1].weight.mul_(0.1), reference.out[1].bias.mul_(0.1)
+        for name, weight in reference.named_parameters():
+            if name.endswith(("gamma", "beta")):  # they start at zero, which would hide them
+                weight.normal_(std=0.5)
+    ours = WuerstchenPrior(**config)
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+def inputs(batch=2, cells=24):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 16, cells, cells, generator=generator)
+    t = torch.rand(batch, generator=generator)
+    text = torch.randn(batch, 77, 1280, generator=generator)
+    return x, t, text
+
+
+def test_forward_equals_diffusers(pair):
+    ours, reference = pair
+    with torch.no_grad():
+        assert relative(ours(*inputs()), reference(*inputs())) < 1e-5
+
+
+def test_gradients_equal_diffusers(pair):
+    ours, reference = pair
+    for model in pair:
+        model.zero_grad()
+        model(*inputs()).square().mean().backward()
+    expected = dict(reference.named_parameters())
+    for name, weight in ours.named_parameters():
+        if name.endswith("to_k.bias"):
+            # Shifting every key shifts every score alike, so this gradient is zero but for rounding.
+            scale = expected[name.replace("to_k", "to_q")].grad.abs().max()
+            assert weight.grad.abs().max() < 1e-4 * scale
+        else:
+            assert relative(weight.grad, expected[name].grad) < 1e-5, name
+
+
+def test_published_size():
+    with torch.device("meta"):
+        weights = WuerstchenPrior(**cost.PUBLISHED).state_dict()
+    assert sum(weight.numel() for weight in weights.values()) == 993_636_896
+    assert len(weights) == 648
+
+
+def test_odd_embedding_is_padded_as_in_diffusers():
+    config = {"c_in": 4, "c": 16, "c_cond": 8, "c_r": 7, "depth": 1, "nhead": 2}
+    t = torch.tensor([0.0, 0.3, 1.0])
+    expected = Reference(**config).gen_r_embedding(t)
+    torch.testing.assert_close(embed_timestep(t, 7), expected, atol=1e-6, rtol=0)
+
+
+def test_timestep_embedding_keeps_fp32():
+    """At t near 1 the fastest sine must not be the noise that half precision makes of it."""
+    t = torch.tensor([0.99731], dtype=torch.float32)
+    exact = torch.sin(t.double() * 10000)
+    assert (embed_timestep(t, 64)[0, 0] - exact).abs() < 1e-2
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_recomputing_changes_nothing(precision):
+    """Same loss and gradients with gradient checkpointing, with dropout drawn again alike."""
+    torch.manual_seed(3)
+    prior = tiny.make_prior(dropout=0.3).train()
+    x, t, text = torch.randn(2, 16, 6, 6), torch.rand(2), torch.randn(2, 77, 32)
+    results = []
+    for switch in (prior.disable_gradient_checkpointing, prior.enable_gradient_checkpointing):
+        switch()
+        prior.zero_grad()
+        torch.manual_seed(4)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = prior(x, t, text).square().mean()
+        loss.backward()
+        results.append([loss.detach(), *(weight.grad.clone() for weight in prior.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_recomputing_keeps_less():
+    config = {**cost.PUBLISHED, "depth": 32}
+    kept = {
+        recompute: cost.activations(
+            config, batch=1, cells=24, compute_type=torch.float32, gradient_checkpointing=recompute
+        )
+        for recompute in (False, True)
+    }
+    assert kept[True] < 0.2 * kept[False]
+
+
+def test_saves_what_diffusers_loads(tmp_path):
+    ours = tiny.make_prior(dropout=0.0).eval()
+    ours.save_pretrained(tmp_path)
+    theirs = Reference.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    x, t, text = torch.randn(1, 16, 3, 3), torch.rand(1), torch.randn(1, 77, 32)
+    with torch.no_grad():
+        assert relative(theirs(x, t, text), ours(x, t, text)) < 1e-5
