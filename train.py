@@ -100,7 +100,7 @@ def main(settings):
         total=last_step,
         updates=updates,
     )
-    model = dist.wrap(prior, device)
+    model = dist.wrap(prior, device, autocast)
     guard = optim.FiniteGuard(scaler.is_enabled())
 
     def save_checkpoint(step, updates):
@@ -173,8 +173,7 @@ def main(settings):
     with ema.in_place():
         dist.on_main(hub.export_prior, output_dir / "prior_pipeline", prior, text_folder)
     closing(output_dir, settings)
-    dist.stop()
 
 
 if __name__ == "__main__":
-    config.run(main, config.Settings)
+    dist.run(main, config.Settings)

@@ -3,19 +3,19 @@
     settings = parse(Settings)          # from the command line; a mistake ends in one clear line
 
 A setting is a field of a dataclass and becomes the flag of its name. `UserError` is the exception
-that means "the user can put this right": `run` prints it as a single line, without a traceback.
+that means "the user can put this right": `dist.run` prints it as one line, without a traceback.
 """
 
 import argparse
 import dataclasses
 import difflib
 import importlib.util
-import os
-import sys
 
 
 class UserError(Exception):
     """A mistake the user can put right; its text names the flag, file or row and what to do."""
+
+    alone = False  # True where one rank alone met it, and the others know nothing of it
 
 
 def setting(default, help, **argparse_options):
@@ -247,15 +247,3 @@ def parse(kind, argv=None):
 def public(settings):
     """The settings as they may be written to a file: all but the token."""
     return {name: value for name, value in vars(settings).items() if name != "hub_token"}
-
-
-def run(main, kind):
-    """Call main(settings); a UserError becomes one line on the main rank and exit code 2."""
-    try:
-        main(parse(kind))
-    except UserError as error:
-        # A data-loading worker hands its error over inside a traceback, of which ours is the end.
-        line = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UserError: ")
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "local", False):
-            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)

@@ -10,7 +10,6 @@ Resize, CenterCrop, ToTensor and Normalize.
 
 import hashlib
 import io
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +54,8 @@ def open_rows(
             found = datasets.load_dataset(dataset_name, config_name, cache_dir=cache_dir)
     except Exception as error:  # the library raises a score of types; its words say what is wrong
         cause = error.__cause__ or error
-        raise UserError(f"{flag} can't be read: {' '.join(str(cause).split())[:300]}") from None
+        reason = " ".join(str(cause).split())[:300]
+        raise UserError(f"{flag} can't be read, or is empty: {reason}") from None
     if isinstance(found, dict):
         if "train" not in found:
             raise UserError(f"{flag} has no split `train`, only {', '.join(found)}.")
@@ -125,8 +125,8 @@ def preprocess(picture, side):
     """Resize the shorter side to `side` (bilinear, antialiased), crop the centre, normalise.
 
     picture: RGB. Returns (3, side, side) fp32 with ImageNet's mean and spread. One call to Pillow
-    does both: it computes only the pixels the crop keeps, and they are the same as if the whole
-    picture had been resized.
+    does both: it computes only the pixels the crop keeps, and they are those of the whole picture
+    resized, but for rounding to 8 bits.
     """
     width, height = picture.size
     short = min(width, height)
@@ -197,12 +197,12 @@ def batches(pairs, micro_batches, workers=0, pin_memory=False):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # the loader draws from it: the global one belongs to dropout
     )
-    return iter(loader)
-
-
-def ignore_signals(_):
-    """A stop signal goes to the whole process group; the trainer answers it, not its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield from loader
+    except UserError as error:  # a worker's comes inside a traceback, of which it is the end
+        line = str(error).strip().splitlines()[-1].removeprefix("minwurst.config.UserError: ")
+        met = UserError(line)
+        met.alone = True
+        raise met from None

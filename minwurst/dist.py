@@ -12,12 +12,33 @@ gloo joins CPUs. Everything that decides (stop, skip, save) is decided on number
 import contextlib
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as torch_dist
 from torch.nn.parallel import DistributedDataParallel
 
+from minwurst import config
 from minwurst.config import UserError
+
+
+def run(main, kind):
+    """Call main(settings) with the command line as a `kind` of Settings; what `train.py` starts.
+
+    A UserError becomes one line, from the main rank, and exit code 2.
+    """
+    try:
+        main(config.parse(kind))
+    except UserError as error:
+        if error.alone or os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        if world_size() == 1:
+            sys.exit(2)
+        os._exit(2)  # not sys.exit: leaving a group while others still wait in it can hang
+    # Only now that main's model is gone: a group that DDP still holds can hang when it is freed.
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
 
 
 def start():
@@ -44,12 +65,6 @@ def start():
     return number, world, device
 
 
-def stop():
-    """Leave the process group, if there is one."""
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
-
-
 def world_size():
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
@@ -63,17 +78,21 @@ def is_main():
     return rank() == 0
 
 
-def wrap(model, device):
+def wrap(model, device, autocast):
     """The model under DDP, every rank with rank 0's weights; one process has the model itself."""
     if world_size() == 1:
         return model
-    # The prior has no buffers; gradients live in DDP's buckets, which saves a copy of them.
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    # Gradients live in DDP's buckets, which saves a copy of them.
+    devices = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    # After its first backward pass DDP lays the buckets out anew, in the order in which gradients
+    # became ready. From three ranks on that changes the order of sums, so a resumed run would not
+    # equal an uninterrupted one. A pass on next to nothing gets it over with in both.
+    with autocast:
+        output = wrapped(*model.example_inputs())
+    output.sum().backward()
+    wrapped.zero_grad()
+    return wrapped
 
 
 def sync_gradients(model, last):

@@ -73,29 +73,34 @@ def load_part(load, folder, part, needed="config.json"):
         raise UserError(f"{place} can't be loaded: {reason}") from None
 
 
-def load_weights(kind, place):
-    """A model of our own class from its folder, in fp32; not a tensor may lack or be unknown."""
+def load_weights(kind, place, **options):
+    """A model from its folder; a missing tensor is an error, where libraries draw it anew."""
     model, found = kind.from_pretrained(
-        place, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        place, use_safetensors=True, output_loading_info=True, **options
     )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[problem]:
-            keys = ", ".join(str(key) for key in found[problem][:3])
-            raise ValueError(f"its weights have {problem.replace('_', ' ')}: {keys}")
-    return model.float()
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # Older CLIP files hold the positions' numbers too, which are no weights.
+        keys = [key for key in found[problem] if not str(key).endswith("position_ids")]
+        if keys:
+            named = ", ".join(str(key) for key in keys[:3])
+            raise ValueError(f"its weights have {problem.replace('_', ' ')}: {named}")
+    return model
 
 
 def load_prior(folder):
     """The prior in fp32, from `folder/prior` or, where it stands alone, from the root."""
-    part = "." if is_prior_alone(folder) else "prior"
-    return load_part(lambda place: load_weights(WuerstchenPrior, place), folder, part)
+
+    def prior(place):
+        return load_weights(WuerstchenPrior, place, low_cpu_mem_usage=False).float()
+
+    return load_part(prior, folder, "." if is_prior_alone(folder) else "prior")
 
 
 def load_text(folder, dtype):
     """(tokenizer, frozen text encoder in `dtype`) from a folder that `text_folder` gave."""
 
     def encoder(place):
-        return transformers.CLIPTextModel.from_pretrained(place, dtype=dtype, use_safetensors=True)
+        return load_weights(transformers.CLIPTextModel, place, dtype=dtype)
 
     read = transformers.CLIPTokenizerFast.from_pretrained
     tokenizer = load_part(read, folder, "tokenizer", "tokenizer_config.json")
@@ -104,8 +109,11 @@ def load_text(folder, dtype):
 
 def load_image_encoder(folder):
     """The frozen image encoder, fp32 as its authors ran it."""
-    encoder = load_part(lambda place: load_weights(EfficientNetEncoder, place), folder, ".")
-    return encoder.requires_grad_(False).eval()
+
+    def encoder(place):
+        return load_weights(EfficientNetEncoder, place, low_cpu_mem_usage=False).float()
+
+    return load_part(encoder, folder, ".").requires_grad_(False).eval()
 
 
 def check_fit(prior, text_encoder, image_encoder):

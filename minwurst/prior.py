@@ -148,6 +148,12 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
         """Keep everything the backward pass needs: a third faster, ten times the memory."""
         self.gradient_checkpointing = False
 
+    def example_inputs(self):
+        """The smallest (x, r, c) that forward takes: one cell, one token, all zero."""
+        c_in, c_cond = self.config.c_in, self.config.c_cond
+        shapes = ((1, c_in, 1, 1), (1,), (1, 1, c_cond))
+        return tuple(torch.zeros(shape, device=self.device) for shape in shapes)
+
     def forward(self, x, r, c):
         """Predict the noise in x.
 

@@ -1,23 +1,23 @@
-"""What the tests share: a small Würstchen, and the trainer run in this process or under torchrun."""
+"""What the tests share: a small Würstchen; the trainer in this process or under torchrun."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import socket  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
-import datasets  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
 
-import train  # noqa: E402
-from minwurst import config  # noqa: E402
-from tests import tiny  # noqa: E402
+import train
+from minwurst import config
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 

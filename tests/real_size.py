@@ -1,4 +1,4 @@
-"""One optimizer step at the real size, measured: 993,636,896 parameters, random weights, one picture.
+"""One optimizer step at the real size, measured: 993,636,896 parameters, random weights.
 
     python -m tests.real_size runs/real          # needs 24 GB of memory and 25 GB of disk
 
@@ -34,8 +34,8 @@ def make(folder):
 def main(folder):
     if not (folder / "prior").is_dir():
         # In a process of its own, so that its memory is given back before training starts.
-        code = f"from pathlib import Path; from tests import real_size; real_size.make(Path({str(folder)!r}))"
-        subprocess.run([sys.executable, "-c", code], check=True)
+        code = "import sys, pathlib, tests.real_size as r; r.make(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
     start = time.perf_counter()
     subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""The diffusion maths against diffusers' DDPMWuerstchenScheduler and against their own definitions."""
+"""The diffusion maths against DDPMWuerstchenScheduler and against their own definitions."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_reverse_step_equals_scheduler(now, after):
 
 
 def test_reverse_step_undoes_the_noise():
-    """With the true noise, one step to t = 0 gives back the clean latents, up to ᾱ's upper limit."""
+    """With the true noise, one step to t = 0 gives back the clean latents, up to ᾱ's limit."""
     latents, noise = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3)
     t = torch.tensor([0.1, 0.3])
     noisy = diffusion.add_noise(latents, noise, t)

@@ -1,4 +1,4 @@
-"""The stream of samples: each row once an epoch, whatever the cut; every draw a function of its place."""
+"""The stream of samples: each row once an epoch; every draw a function of its place."""
 
 import itertools
 
@@ -9,7 +9,9 @@ import torch
 from minwurst import draws
 
 
-@pytest.mark.parametrize(("rows", "batch", "accumulation", "world"), [(7, 2, 3, 2), (10, 4, 1, 3), (1, 3, 2, 1)])
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "world"), [(7, 2, 3, 2), (10, 4, 1, 3), (1, 3, 2, 1)]
+)
 def test_each_row_once_an_epoch(rows, batch, accumulation, world):
     """Counted over whole epochs that no batch and no number of ranks divides."""
     epochs = 6
@@ -60,7 +62,7 @@ def test_draws_are_distributed_as_they_should():
     assert abs(noise.mean().item()) < 0.01
     assert noise.std().item() == pytest.approx(1, abs=0.01)
     uniform = draws.uniform(0, range(4000)).numpy()
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert np.histogram(uniform, 4, (0, 1))[0].min() > 900
     # No sample's timestep may tell anything of its noise.
     pairs = np.corrcoef(uniform[:400], noise[:, 0, 0, 0].numpy())

@@ -53,7 +53,7 @@ def test_gradients_equal_diffusers(pair):
     expected = dict(reference.named_parameters())
     for name, weight in ours.named_parameters():
         if name.endswith("to_k.bias"):
-            # Shifting every key shifts every score alike, so this gradient is zero but for rounding.
+            # Shifting all keys shifts all scores alike: this gradient is zero but for rounding.
             scale = expected[name.replace("to_k", "to_q")].grad.abs().max()
             assert weight.grad.abs().max() < 1e-4 * scale
         else:

@@ -2,8 +2,8 @@
 
     PYTHONPATH=.torchvision python tests/torchvision_numbers.py numbers.safetensors
 
-A process of its own, with torchvision in a folder of its own: its wheel is built for CUDA, and beside
-a CPU build of torch it would break every import of transformers.
+A process of its own, with torchvision in a folder of its own: its wheel is built for CUDA, and
+beside a CPU build of torch it would break every import of transformers.
 """
 
 import sys

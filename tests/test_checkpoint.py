@@ -1,0 +1,176 @@
+"""Checkpoints: whole or not there, verified, rotated last, and a resumed run is the same run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from minwurst import checkpoint
+from minwurst.config import UserError
+
+GROUPS = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}, "ema": {}}
+
+
+def save(folder, step, keep=None):
+    checkpoint.save(folder, step, GROUPS, {"step": step}, keep)
+    return folder / f"checkpoint-{step}"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_goes_round(tmp_path):
+    groups, state = checkpoint.load(save(tmp_path, 5))
+    assert state == {"step": 5}
+    assert groups.keys() == {"weights"}  # an empty group needs no file
+    assert all(torch.equal(groups["weights"][name], GROUPS["weights"][name]) for name in "ab")
+    assert names(tmp_path / "checkpoint-5") == [
+        "manifest.json",
+        "state.json",
+        "weights.safetensors",
+    ]
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    folder = save(tmp_path, 5)
+    (folder / "weights.safetensors").write_bytes(b"broken")
+    assert checkpoint.damage(save(tmp_path, 5)) is None
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(None, [2, 4, 10]), (1, [10]), (2, [4, 10]), (5, [2, 4, 10])]
+)
+def test_rotation_counts_numbers_not_letters(tmp_path, keep, left):
+    for step in (2, 4, 10):
+        save(tmp_path, step, keep)
+    assert [path.name for path in checkpoint.list_all(tmp_path)] == [
+        f"checkpoint-{n}" for n in left
+    ]
+
+
+def test_strangers_are_left_alone(tmp_path):
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-3.bak", "my pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-99").write_text("a file")
+    save(tmp_path, 1, keep=1), save(tmp_path, 2, keep=1)
+    assert checkpoint.find("latest", tmp_path).name == "checkpoint-2"
+    assert names(tmp_path) == [
+        "checkpoint-", "checkpoint-2", "checkpoint-3.bak", "checkpoint-99", "checkpoint-best",
+        "my pictures",
+    ]  # fmt: skip
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped byte": (lambda f: flip(f / "weights.safetensors"), "weights.safetensors has changed"),
+    "truncated": (
+        lambda f: (f / "state.json").write_text("{"),
+        "state.json has 1 bytes instead of",
+    ),
+    "missing file": (
+        lambda f: (f / "weights.safetensors").unlink(),
+        "weights.safetensors is missing",
+    ),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
+    "broken manifest": (
+        lambda f: (f / "manifest.json").write_text("["),
+        "its manifest.json can't be",
+    ),
+    "odd manifest": (
+        lambda f: (f / "manifest.json").write_text("[1]"),
+        "its manifest.json can't be",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named_and_passed_over(tmp_path, kind, capsys):
+    harm, said = DAMAGE[kind]
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    harm(bad)
+    assert said in checkpoint.damage(bad)
+    assert checkpoint.find("latest", tmp_path) == good
+    assert said in capsys.readouterr().out
+    with pytest.raises(UserError, match="--resume_from_checkpoint .*checkpoint-2"):
+        checkpoint.find(str(bad), tmp_path)
+    shutil.rmtree(good)
+    with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+        checkpoint.find("latest", tmp_path)
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path, monkeypatch):
+    """Stop a save at each of its steps: a whole checkpoint stays, and the next save works."""
+    save(tmp_path, 1)
+
+    class Killed(BaseException):
+        pass
+
+    def stop(*_):
+        raise Killed
+
+    for name in ("save_file", "describe", "flush", "remove"):
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, name, stop)
+            with pytest.raises(Killed):
+                save(tmp_path, 2, keep=1)
+        assert checkpoint.damage(checkpoint.find("latest", tmp_path)) is None
+        shutil.rmtree(tmp_path / "checkpoint-2", ignore_errors=True)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="checkpoint-2 was not written: .*No space left.* 32 bytes"):
+        save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_find(tmp_path):
+    assert checkpoint.find(None, tmp_path) is None
+    assert checkpoint.find("latest", tmp_path) is None  # a restarted job needs no other command
+    folder = save(tmp_path, 3)
+    for wanted in ("latest", str(folder), f"{folder}/", "checkpoint-3"):
+        assert checkpoint.find(wanted, tmp_path) == folder
+    with pytest.raises(UserError, match="already holds checkpoint-3: add --resume_from_checkpoint"):
+        checkpoint.find(None, tmp_path)
+    with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-9: there is no such"):
+        checkpoint.find("checkpoint-9", tmp_path)
+
+
+def test_changes_are_listed_or_refused():
+    before = {"learning_rate": 1e-4, "resolution": 768, "cache_dir": None}
+    assert checkpoint.changes({}, before) == []
+    assert checkpoint.changes(before, {**before, "cache_dir": "x"}) == []
+    assert checkpoint.changes(before, {**before, "learning_rate": 1e-5}) == [
+        "learning_rate 0.0001 → 1e-05"
+    ]
+    with pytest.raises(UserError, match="resolution was 768 and is 512 now"):
+        checkpoint.changes(before, {**before, "resolution": 512})
+
+
+def test_output_folder_that_cant_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="--output_dir .*can't be written"):
+        checkpoint.make_folder(tmp_path / "file" / "out")
+
+
+def test_no_pickle_anywhere(tmp_path):
+    folder = save(tmp_path, 1)
+    kinds = {path.suffix for path in folder.iterdir()}
+    assert kinds == {".json", ".safetensors"}
+    json.loads((folder / "manifest.json").read_text())

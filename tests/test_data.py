@@ -1,0 +1,257 @@
+"""Pictures and captions: torchvision's numbers, any mode, any source; bad rows are named."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minwurst import data
+from minwurst.config import UserError
+from tests import tiny
+
+
+def png(picture, kind="PNG", **options):
+    """A row that holds a picture's bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return {"image": {"bytes": buffer.getvalue(), "path": None}, "text": "a text", "number": 3}
+
+
+def test_preprocess_equals_torchvision(torchvision_numbers):
+    sizes = [name.split()[1] for name in torchvision_numbers if name.startswith("picture ")]
+    assert len(sizes) == 8
+    for size in sizes:
+        picture = Image.fromarray(torchvision_numbers[f"picture {size}"].numpy())
+        found, expected = data.preprocess(picture, 64), torchvision_numbers[f"result {size}"]
+        assert found.shape == (3, 64, 64) and found.dtype == torch.float32
+        spread = torch.from_numpy(data.IMAGENET_STD)[:, None, None]
+        levels = (found - expected) * spread * 255
+        assert levels.abs().max() < 1.01, size  # at most one of 256 levels,
+        assert levels.mean().abs() < 0.02, size  # as often up as down
+
+
+def gradient(mode, high):
+    """A picture that goes from 0 at the left to `high` at the right."""
+    row = np.linspace(0, high, 64)
+    types = {"I;16": np.uint16, "I": np.int32, "F": np.float32, "L": np.uint8}
+    return Image.fromarray(np.tile(row, (64, 1)).astype(types[mode]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "high", "kind"),
+    [
+        ("I;16", 65535, "PNG"),
+        ("I;16", 65535, "TIFF"),
+        ("I", 65535, "TIFF"),
+        ("F", 1.0, "TIFF"),
+        ("F", 255.0, "TIFF"),
+    ],
+)
+def test_deep_pictures_are_scaled(mode, high, kind):
+    found = np.asarray(data.open_picture(png(gradient(mode, high), kind)))
+    expected = np.asarray(gradient("L", 255).convert("RGB"))
+    assert found.shape == (64, 64, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_transparency_becomes_white():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 255, 255))
+    palette = clear.quantize(4)
+    grey = Image.new("LA", (8, 8), (0, 0))
+    for picture in (clear, palette, grey):
+        found = data.open_picture(png(picture))
+        assert found.mode == "RGB" and found.getpixel((5, 5)) == (255, 255, 255), picture.mode
+    assert data.open_picture(png(clear)).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_other_modes():
+    red = Image.new("RGB", (8, 8), (200, 30, 40))
+    cmyk = data.open_picture(png(red.convert("CMYK"), "JPEG", quality=95)).getpixel((4, 4))
+    assert np.abs(np.subtract(cmyk, (200, 30, 40))).max() < 12
+    assert data.open_picture(png(Image.new("1", (8, 8), 1))).getpixel((4, 4)) == (255, 255, 255)
+    assert data.open_picture(png(Image.new("L", (8, 8), 7))).getpixel((4, 4)) == (7, 7, 7)
+
+
+def test_exif_rotation_is_applied():
+    wide = Image.new("RGB", (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees"
+    assert data.open_picture(png(wide, "JPEG", exif=exif)).size == (20, 40)
+
+
+def open_folder(folder, image="image", text="text"):
+    return data.open_rows(None, None, str(folder), image, text)
+
+
+@pytest.fixture
+def table():
+    """Four rows, pictures as bytes, the last with two captions."""
+    rows = [png(Image.new("RGB", (8, 8), (i, 0, 0)))["image"] for i in range(4)]
+    captions = [["one"], ["two"], ["three"], ["four", "vier"]]
+    return datasets.Dataset.from_dict(
+        {"picture": rows, "words": captions},
+        features=datasets.Features(
+            {"picture": datasets.Image(), "words": [datasets.Value("string")]}
+        ),
+    )
+
+
+def test_sources(table, tmp_path):
+    """An image folder, parquet as a file and in a folder, save_to_disk with and without splits."""
+    assert len(open_folder(tiny.PICTURES)) == 56
+    (tmp_path / "folder").mkdir()
+    table.to_parquet(tmp_path / "folder" / "train.parquet")
+    table.save_to_disk(tmp_path / "alone")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
+    for name in ("folder", "folder/train.parquet", "alone", "splits"):
+        rows = data.open_rows(str(tmp_path / name), None, None, "picture", "words")
+        assert [data.captions_of(row) for row in rows] == table["words"], name
+        assert [data.open_picture(row).getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
+        assert rows["number"] == [0, 1, 2, 3]
+        assert len(data.check_rows(rows)) == 64
+
+
+def test_fingerprint_follows_content_not_place(table, tmp_path):
+    table.save_to_disk(tmp_path / "one")
+    table.save_to_disk(tmp_path / "two")
+    table.select([1, 0, 2, 3]).save_to_disk(tmp_path / "other")
+    prints = [
+        data.check_rows(data.open_rows(str(tmp_path / name), None, None, "picture", "words"))
+        for name in ("one", "two", "other")
+    ]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_sample_rows_keep_their_numbers():
+    rows = open_folder(tiny.PICTURES)
+    some = data.sample_rows(rows, 5, seed=1)
+    assert len(some) == len(set(some["number"])) == 5
+    assert some["number"] == data.sample_rows(rows, 5, seed=1)["number"]
+    assert some["number"] != data.sample_rows(rows, 5, seed=2)["number"]
+    assert rows[some["number"][0]]["text"] == some[0]["text"]
+    assert len(data.sample_rows(rows, 1000, seed=1)) == 56
+
+
+def test_pairs_are_the_same_for_any_number_of_workers():
+    rows = open_folder(tiny.PICTURES)
+    pairs = data.Pairs(rows, 32, seed=1, caption_dropout=0.3)
+    places = [range(0, 3), range(55, 58), range(3, 6)]
+    alone, helped = (list(data.batches(pairs, places, workers)) for workers in (0, 2))
+    assert [batch["positions"] for batch in alone] == [list(place) for place in places]
+    for one, two in zip(alone, helped, strict=True):
+        assert torch.equal(one["pixels"], two["pixels"])
+        assert one["captions"] == two["captions"] and one["positions"] == two["positions"]
+
+
+# ---- What is wrong is said in one line that names it.
+
+
+def folder_with(tmp_path, rows, **files):
+    (tmp_path / "pictures").mkdir()
+    for name, content in files.items():
+        (tmp_path / "pictures" / name.replace("_", ".")).write_bytes(content)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "pictures" / "metadata.jsonl").write_text(lines)
+    return tmp_path / "pictures"
+
+
+GOOD = png(Image.new("RGB", (8, 8)))["image"]["bytes"]
+
+
+def test_wrong_column_lists_the_columns():
+    with pytest.raises(UserError, match="--caption_column words.*columns image, text"):
+        open_folder(tiny.PICTURES, text="words")
+    with pytest.raises(UserError, match="--image_column photo.*columns image, text"):
+        open_folder(tiny.PICTURES, image="photo")
+
+
+def test_column_that_holds_no_pictures(tmp_path):
+    datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"]}).save_to_disk(
+        tmp_path / "numbers"
+    )
+    with pytest.raises(UserError, match="--image_column image holds .*not pictures"):
+        data.open_rows(str(tmp_path / "numbers"), None, None, "image", "text")
+
+
+@pytest.mark.parametrize("caption", [None, "", "  ", [], ["a", None], 7], ids=str)
+def test_bad_caption_names_the_row(caption):
+    with pytest.raises(UserError, match="Row 3: the caption is"):
+        data.captions_of({**png(Image.new("RGB", (8, 8))), "text": caption})
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+BROKEN = {
+    "empty": b"",
+    "text": b"not a picture",
+    "truncated": png(Image.fromarray(NOISE))["image"]["bytes"][:1000],
+    "truncated JPEG": png(Image.fromarray(NOISE), "JPEG")["image"]["bytes"][:900],
+    "overwritten": GOOD[:20] + b"x" * 40,
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_unreadable_picture_names_row_and_file(tmp_path, content):
+    rows = [{"file_name": "good.png", "text": "a"}, {"file_name": "bad.png", "text": "b"}]
+    folder = folder_with(tmp_path, rows, good_png=GOOD, bad_png=content)
+    with pytest.raises(UserError, match=r"Row 1 \(.*bad\.png\): the picture can't be read"):
+        data.check_rows(open_folder(folder))
+
+
+def test_enormous_picture_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match="Row 3: the picture can't be read.*decompression bomb"):
+        data.open_picture(png(Image.new("RGB", (8, 8))))
+
+
+def test_missing_caption_is_counted(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": "a"},
+        {"file_name": "b.png"},
+        {"file_name": "c.png", "text": ""},
+    ]
+    folder = folder_with(tmp_path, rows, a_png=GOOD, b_png=GOOD, c_png=GOOD)
+    with pytest.raises(UserError, match=r"Row 1: the caption is None.*1 more rows are bad"):
+        data.check_rows(open_folder(folder))
+
+
+def test_missing_picture_file(tmp_path):
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "gone.png", "text": "b"}]
+    folder = folder_with(tmp_path, rows, a_png=GOOD)
+    with pytest.raises(UserError, match=r"Row 1 \(.*gone\.png\): the picture can't be read"):
+        data.check_rows(open_folder(folder))
+
+
+def test_empty_and_missing_sources(tmp_path):
+    empty = datasets.Dataset.from_dict({"image": [], "text": []})
+    empty.save_to_disk(tmp_path / "empty")
+    with pytest.raises(UserError, match="--dataset_name .*or is empty"):
+        data.open_rows(str(tmp_path / "empty"), None, None, "image", "text")
+    some = datasets.Dataset.from_dict({"image": ["a.png"], "text": ["a"]})
+    datasets.DatasetDict({"test": some}).save_to_disk(tmp_path / "test only")
+    with pytest.raises(UserError, match="has no split `train`, only test"):
+        data.open_rows(str(tmp_path / "test only"), None, None, "image", "text")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="--train_data_dir .*can't be read"):
+        open_folder(tmp_path / "nothing")
+    with pytest.raises(UserError, match="--train_data_dir .*no such folder"):
+        open_folder(tmp_path / "not there")
+    with pytest.raises(UserError, match="--dataset_name no/such.*can't be read"):
+        data.open_rows("no/such", None, None, "image", "text")
+
+
+def test_worker_error_is_one_line(tmp_path):
+    """A picture that breaks after the check is named all the same, from a worker process too."""
+    rows = [{"file_name": "bad.png", "text": "b"}]
+    folder = folder_with(tmp_path, rows, bad_png=b"broken")
+    pairs = data.Pairs(open_folder(folder), 32, seed=1)
+    for workers in (0, 1):
+        with pytest.raises(
+            UserError, match=r"\ARow 0 \(.*bad\.png\): the picture can't.*\Z"
+        ) as raised:
+            next(data.batches(pairs, [range(1)], workers))
+        assert raised.value.alone  # so that this rank says it, whichever it is

@@ -1,0 +1,149 @@
+"""Loading part by part, from a folder and from the root; what is wrong is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minwurst import models
+from minwurst.config import UserError
+
+
+@pytest.fixture
+def copy(wuerstchen, tmp_path):
+    """A copy of the small Würstchen to be broken."""
+    return shutil.copytree(wuerstchen, tmp_path / "copy")
+
+
+WEIGHTS = "prior/diffusion_pytorch_model.safetensors"
+
+
+def test_parts_load(wuerstchen):
+    prior = models.load_prior(wuerstchen)
+    tokenizer, text_encoder = models.load_text(models.text_folder(wuerstchen), torch.bfloat16)
+    encoder = models.load_image_encoder(wuerstchen / "image_encoder")
+    models.check_fit(prior, text_encoder, encoder)
+    assert prior.dtype == encoder.dtype == torch.float32 and text_encoder.dtype == torch.bfloat16
+    assert prior.training is False and not text_encoder.training and not encoder.training
+    frozen = [*text_encoder.parameters(), *encoder.parameters()]
+    assert not any(weight.requires_grad for weight in frozen)
+    states = models.encode_text(tokenizer, text_encoder, ["a bear", ""])
+    assert states.shape == (2, 77, 32)
+
+
+def test_text_is_encoded_as_the_pipeline_does(wuerstchen):
+    """Same states as diffusers' own prompt encoding, for a prompt and for no prompt."""
+    import diffusers
+
+    tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
+    pipeline = diffusers.WuerstchenPriorPipeline(
+        tokenizer, text_encoder, models.load_prior(wuerstchen), diffusers.DDPMWuerstchenScheduler()
+    )
+    expected = pipeline.encode_prompt("cpu", 1, True, ["a bear", "a bell"])
+    found = models.encode_text(tokenizer, text_encoder, ["a bear", "a bell"])
+    nothing = models.encode_text(tokenizer, text_encoder, ["", ""])
+    torch.testing.assert_close(found, expected[0])
+    torch.testing.assert_close(nothing, expected[1])
+
+
+def test_long_captions_are_cut(wuerstchen):
+    tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
+    assert models.encode_text(tokenizer, text_encoder, ["bear " * 500]).shape == (1, 77, 32)
+
+
+def test_prior_at_the_root(wuerstchen, tmp_path):
+    """A repository of the prior alone: its text encoder comes from the complete one."""
+    alone = shutil.copytree(wuerstchen / "prior", tmp_path / "alone")
+    expected = models.load_prior(wuerstchen).state_dict()
+    assert all(
+        torch.equal(t, expected[name]) for name, t in models.load_prior(alone).state_dict().items()
+    )
+    with pytest.raises(UserError, match="warp-ai/wuerstchen-prior.*not to be had from the Hub"):
+        models.text_folder(alone)  # there is no Hub here
+
+
+@pytest.mark.parametrize(
+    ("part", "missing"),
+    [
+        ("prior", "prior/config.json"),
+        ("text_encoder", "text_encoder/config.json"),
+        ("tokenizer", "tokenizer/tok"),
+    ],
+)
+def test_missing_part_is_named(copy, part, missing):
+    shutil.rmtree(copy / part)
+    with pytest.raises(UserError, match=f"is no whole Würstchen: {missing}.* is missing"):
+        models.load_prior(copy)
+        models.load_text(models.text_folder(copy), torch.float32)
+
+
+def test_a_folder_that_is_something_else(tmp_path):
+    with pytest.raises(UserError, match="prior/config.json is missing"):
+        models.load_prior(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "truncated", "no weights"])
+def test_bad_weights_are_named(copy, change):
+    file = copy / WEIGHTS
+    tensors = load_file(file)
+    if change == "missing":
+        del tensors["out.1.weight"]
+    elif change == "unexpected":
+        tensors["stranger"] = torch.zeros(1)
+    elif change == "shape":
+        tensors["out.1.weight"] = torch.zeros(3, 64, 1, 1)
+    save_file(tensors, file)
+    if change == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif change == "no weights":
+        file.unlink()
+    said = {"missing": "out.1.weight", "unexpected": "stranger", "shape": "out.1.weight"}.get(
+        change, "prior"
+    )
+    with pytest.raises(UserError, match=f"prior can't be loaded: .*{said}"):
+        models.load_prior(copy)
+
+
+def test_missing_text_weights_are_named(copy):
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "layers.1.mlp.fc1.weight" in name)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="text_encoder can't be loaded: .*layers.1.mlp.fc1.weight"):
+        models.load_text(copy, torch.float32)
+
+
+def test_pickles_are_not_read(copy):
+    """Weights that only a pickle holds are not loaded, whatever the pickle would do."""
+    (copy / WEIGHTS).unlink()
+    torch.save({"a": 1}, copy / "prior" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="prior can't be loaded"):
+        models.load_prior(copy)
+
+
+def test_parts_that_do_not_fit(wuerstchen, copy):
+    file = copy / "text_encoder" / "config.json"
+    config = json.loads(file.read_text())
+    prior, encoder = (
+        models.load_prior(wuerstchen),
+        models.load_image_encoder(wuerstchen / "image_encoder"),
+    )
+    text_encoder = models.load_text(wuerstchen, torch.float32)[1]
+    text_encoder.config.hidden_size = config["hidden_size"] + 1
+    with pytest.raises(UserError, match="The text encoder is 33 wide, but the prior expects 32"):
+        models.check_fit(prior, text_encoder, encoder)
+
+
+def test_names_that_lead_nowhere():
+    for name in ("/not/there", "./not/there", "not_there"):
+        with pytest.raises(
+            UserError, match=f"--image_encoder_name_or_path {name}: there is no such"
+        ):
+            models.locate("image_encoder_name_or_path", name)
+    with pytest.raises(
+        UserError, match="--image_encoder_name_or_path some/repo: .*Hub.*Name a local"
+    ):
+        models.locate("image_encoder_name_or_path", "some/repo")

@@ -1,0 +1,470 @@
+"""train.py as a whole: equal to a plain loop, to itself resumed, and to itself cut over ranks."""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from minwurst import checkpoint, config, data, diffusion, draws, models
+from minwurst.config import UserError
+from tests import tiny
+from tests.conftest import (
+    assert_bitwise_equal,
+    command,
+    flags,
+    free_port,
+    relative,
+    saved,
+    start,
+    torchrun,
+    train_here,
+)  # fmt: skip
+
+Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
+
+
+def losses(printed):
+    """The losses of a run's printed log."""
+    return [
+        float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if "loss " in line
+    ]
+
+
+def assert_close_weights(found, expected, tolerance, steps=4, learning_rate=1e-3):
+    """Same weights up to float error, per tensor; to_k.bias moves on rounding alone."""
+    assert found.keys() == expected.keys()
+    for name in found:
+        if name.endswith("to_k.bias"):
+            assert (found[name] - expected[name]).abs().max() <= 2 * steps * learning_rate
+        else:
+            assert relative(found[name], expected[name]) < tolerance, name
+
+
+def weights(folder):
+    return load_file(Path(folder) / "weights.safetensors")
+
+
+def test_the_loss_falls(wuerstchen, tmp_path, capsys):
+    train_here(
+        wuerstchen,
+        tmp_path,
+        max_train_steps=60,
+        train_batch_size=8,
+        logging_steps=15,
+        learning_rate=5e-4,
+    )
+    found = losses(capsys.readouterr().out)
+    assert len(found) == 4
+    assert found[-1] < 0.6 * found[0]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{}, {"loss_weighting": "p2", "timestep_sampling": "wuerstchen", "caption_dropout": 0.5}],
+)
+def test_equals_a_plain_loop(still_wuerstchen, tmp_path, objective):
+    """Weights after 4 steps against a loop written out of diffusers' and torch's own parts."""
+    out = train_here(
+        still_wuerstchen, tmp_path, lr_scheduler="cosine", lr_warmup_steps=2,
+        adam_weight_decay=0.01, max_grad_norm=0.05, gradient_accumulation_steps=2,
+        train_batch_size=2, **objective,
+    )  # fmt: skip
+
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    encoder = models.load_image_encoder(still_wuerstchen / "image_encoder")
+    tokenizer, text_encoder = models.load_text(still_wuerstchen, torch.float32)
+    prior = Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False).train()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3, weight_decay=0.01, fused=False)
+    schedule = diffusers.optimization.get_cosine_schedule_with_warmup(optimizer, 2, 4)
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    for step in range(4):
+        positions = range(4 * step, 4 * step + 4)
+        samples = [rows[draws.row_at(7, position, len(rows))] for position in positions]
+        share = objective.get("caption_dropout", 0.0)
+        captions = [
+            draws.caption(7, position, [row["text"]], share)
+            for position, row in zip(positions, samples, strict=True)
+        ]
+        pixels = torch.stack([data.preprocess(data.open_picture(row), 64) for row in samples])
+        tokens = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt")
+        with torch.no_grad():
+            text = text_encoder(**tokens).last_hidden_state
+            latents = encoder(pixels).add(1.0).div(42.0)
+        t, noise = draws.uniform(7, positions), draws.noise(7, positions, latents.shape[1:])
+        weight = torch.ones(4)
+        if objective:
+            t = ((1 - t) * 1.08 + 0.001).clamp(0.001, 1.0)
+            weight = 1 - scheduler._alpha_cumprod(t, t.device)
+        predicted = prior(scheduler.add_noise(latents, noise, t), t, text)
+        squares = torch.nn.functional.mse_loss(predicted, noise, reduction="none")
+        (squares.mean(dim=(1, 2, 3)) * weight).mean().backward()
+        torch.nn.utils.clip_grad_norm_(prior.parameters(), 0.05)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    assert_close_weights(weights(out / "checkpoint-4"), dict(prior.named_parameters()), 1e-5)
+
+
+EVERYTHING = {
+    "use_ema": True, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3,
+    "gradient_accumulation_steps": 2, "train_batch_size": 3, "dataloader_num_workers": 2,
+    "caption_dropout": 0.3, "checkpointing_steps": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision):
+    """4 steps = 2 + resume + 2, bit for bit, with everything on that has a state."""
+    settings = {**EVERYTHING, "mixed_precision": precision}
+    whole = train_here(wuerstchen, tmp_path / "whole", **settings)
+    parts = train_here(wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
+    train_here(wuerstchen, parts, **settings, resume_from_checkpoint="latest")
+    assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
+    start_and_end = saved(whole / "checkpoint-2"), saved(whole / "checkpoint-4")
+    assert not torch.equal(*(tensors["weights/out.1.weight"] for tensors in start_and_end))
+    assert not torch.equal(*(tensors["ema/out.1.weight"] for tensors in start_and_end))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_resumed_run_is_the_same_run_on_ranks(wuerstchen, tmp_path, ranks):
+    settings = {**EVERYTHING, "train_batch_size": 1}
+    whole = torchrun(ranks, wuerstchen, tmp_path / "whole", **settings)
+    parts = torchrun(ranks, wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
+    torchrun(ranks, wuerstchen, parts, **settings, resume_from_checkpoint="latest")
+    assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
+
+
+def test_a_finished_run_is_extended(wuerstchen, tmp_path):
+    longer = train_here(wuerstchen, tmp_path / "longer", max_train_steps=5)
+    extended = train_here(wuerstchen, tmp_path / "extended", max_train_steps=3)
+    train_here(wuerstchen, extended, max_train_steps=5, resume_from_checkpoint="latest")
+    assert_bitwise_equal(longer / "checkpoint-5", extended / "checkpoint-5")
+
+
+def test_resuming_a_finished_run_changes_nothing(wuerstchen, tmp_path):
+    out = train_here(wuerstchen, tmp_path)
+    before = saved(out / "checkpoint-4")
+    train_here(wuerstchen, out, resume_from_checkpoint="latest")
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in saved(out / "checkpoint-4").items()
+    )
+
+
+def test_a_resumed_run_takes_the_saved_seed(wuerstchen, tmp_path):
+    out = train_here(wuerstchen, tmp_path, seed=None, max_train_steps=2)
+    first = json.loads((out / "checkpoint-2" / "state.json").read_text())["seed"]
+    train_here(wuerstchen, out, seed=None, max_train_steps=3, resume_from_checkpoint="latest")
+    assert json.loads((out / "checkpoint-3" / "state.json").read_text())["seed"] == first
+
+
+@pytest.fixture(scope="module")
+def one_process(still_wuerstchen, tmp_path_factory):
+    """The run that every cut of its batch of 4 must equal, in weights and schedule."""
+    folder = tmp_path_factory.mktemp("one")
+    return train_here(still_wuerstchen, folder, lr_scheduler="cosine", lr_warmup_steps=2)
+
+
+def assert_same_run(folder, one_process):
+    states = [
+        json.loads((out / "checkpoint-4" / "state.json").read_text())
+        for out in (folder, one_process)
+    ]
+    assert states[0]["updates"] == states[1]["updates"] == 4
+    assert_close_weights(
+        weights(folder / "checkpoint-4"), weights(one_process / "checkpoint-4"), 2e-5
+    )
+
+
+CUT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2}
+
+
+def test_accumulation_equals_one_batch(still_wuerstchen, tmp_path, one_process):
+    cut = {"train_batch_size": 1, "gradient_accumulation_steps": 4}
+    assert_same_run(train_here(still_wuerstchen, tmp_path, **CUT, **cut), one_process)
+
+
+def test_two_ranks_equal_one_and_a_resumed_run_may_change_ranks(
+    still_wuerstchen, tmp_path, one_process
+):
+    two = torchrun(
+        2, still_wuerstchen, tmp_path / "two", **CUT, train_batch_size=2, checkpointing_steps=2
+    )
+    assert_same_run(two, one_process)
+    # From its checkpoint-2, one process with the same global batch goes on along the same stream.
+    checkpoint.remove(two / "checkpoint-4")
+    train_here(still_wuerstchen, two, **CUT, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert_same_run(two, one_process)
+
+
+def test_two_machines_equal_one(still_wuerstchen, tmp_path):
+    """Two torchrun agents with one process each against one agent with two."""
+    one = torchrun(2, still_wuerstchen, tmp_path / "one", train_batch_size=2)
+    port = free_port()
+    agents = [
+        start(
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
+            "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", "train.py",
+            *flags(still_wuerstchen, tmp_path / "two", train_batch_size=2),
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    printed = [agent.communicate(timeout=300)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], printed
+    assert_bitwise_equal(one / "checkpoint-4", tmp_path / "two" / "checkpoint-4")
+
+
+def test_recomputing_is_the_same_run(wuerstchen, tmp_path):
+    plain = train_here(wuerstchen, tmp_path / "plain")
+    recomputed = train_here(wuerstchen, tmp_path / "recomputed", gradient_checkpointing=True)
+    assert_bitwise_equal(plain / "checkpoint-4", recomputed / "checkpoint-4")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_fp32(wuerstchen, tmp_path, precision):
+    """Trained weights are fp32 and end near those of the fp32 run."""
+    plain = weights(train_here(wuerstchen, tmp_path / "plain") / "checkpoint-4")
+    half = weights(
+        train_here(wuerstchen, tmp_path / "half", mixed_precision=precision) / "checkpoint-4"
+    )
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+    begin = models.load_prior(wuerstchen).state_dict()
+    moved, differs = [], []
+    for name, weight in plain.items():
+        (
+            moved.append((weight - begin[name]).flatten()),
+            differs.append((half[name] - weight).flatten()),
+        )
+    share = torch.cat(differs).norm() / torch.cat(moved).norm()
+    assert 0 < share < 0.2
+
+
+def test_fp16_overflow_is_skipped_and_counted(wuerstchen, tmp_path, monkeypatch, capsys):
+    """Steps pass without an update until a loss scale far too large is halved enough."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**30, **k)
+    )
+    settings = {"mixed_precision": "fp16", "checkpointing_steps": 3, "max_train_steps": 30}
+    out = train_here(wuerstchen, tmp_path, **settings)
+    said = capsys.readouterr().out.splitlines()
+    skipped = [line for line in said if "gradient overflow" in line]
+    state = json.loads((out / "checkpoint-30" / "state.json").read_text())
+    assert len(skipped) > 3 and state["updates"] == 30 - len(skipped)
+    assert all(tensor.isfinite().all() for tensor in weights(out / "checkpoint-30").values())
+    begin = models.load_prior(wuerstchen).state_dict()
+    first = weights(out / "checkpoint-3")
+    assert all(torch.equal(begin[name], first[name]) for name in first)  # nothing moved yet
+
+
+def test_a_bad_loss_stops_before_it_is_saved(wuerstchen, tmp_path, monkeypatch):
+    """NaN in one batch of latents: the run ends with the step named, its checkpoints intact."""
+    add_noise, calls = diffusion.add_noise, []
+
+    def poisoned(latents, noise, t):
+        calls.append(1)
+        return add_noise(latents, noise, t) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(diffusion, "add_noise", poisoned)
+    with pytest.raises(UserError, match="Step 4: the loss is not finite on rank 0"):
+        train_here(wuerstchen, tmp_path, max_train_steps=6, checkpointing_steps=1)
+    assert [path.name for path in checkpoint.list_all(tmp_path)] == [
+        f"checkpoint-{n}" for n in (1, 2, 3)
+    ]
+
+
+def test_checkpoints_rotate(wuerstchen, tmp_path):
+    out = train_here(
+        wuerstchen, tmp_path, max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2
+    )
+    assert [path.name for path in checkpoint.list_all(out)] == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_epochs_set_the_number_of_steps(wuerstchen, tmp_path):
+    """56 rows, 3 epochs, 32 a step: 6 steps, the last of which runs into the fourth epoch."""
+    out = train_here(
+        wuerstchen, tmp_path, max_train_steps=None, num_train_epochs=3, train_batch_size=32
+    )
+    assert [path.name for path in checkpoint.list_all(out)] == ["checkpoint-6"]
+
+
+def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"report_to": "tensorboard", "logging_steps": 2, "checkpointing_steps": 2}
+    train_here(wuerstchen, tmp_path, **settings, max_train_steps=6)
+    checkpoint.remove(tmp_path / "checkpoint-6")
+    train_here(wuerstchen, tmp_path, **settings, max_train_steps=8, resume_from_checkpoint="latest")
+    log = EventAccumulator(str(tmp_path / "logs"))
+    log.Reload()
+    assert set(log.Tags()["scalars"]) == {
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "pictures_per_second",
+    }
+    assert [event.step for event in log.Scalars("loss")] == [2, 4, 6, 8]  # step 6 once
+    assert all(event.value == pytest.approx(1e-3) for event in log.Scalars("learning_rate"))
+
+
+def test_result_is_the_average_in_the_hubs_layout(wuerstchen, tmp_path):
+    """prior_pipeline/ holds the EMA weights and loads in this diffusers the way the README says."""
+    out = train_here(wuerstchen, tmp_path, use_ema=True, max_train_steps=6) / "prior_pipeline"
+    prior = Reference.from_pretrained(out, subfolder="prior", low_cpu_mem_usage=False)
+    average = load_file(tmp_path / "checkpoint-6" / "ema.safetensors")
+    assert all(torch.equal(prior.state_dict()[name], average[name]) for name in average)
+    plain = weights(tmp_path / "checkpoint-6")
+    assert not torch.equal(plain["out.1.weight"], average["out.1.weight"])
+    for part in ("text_encoder", "tokenizer"):  # byte for byte the base's
+        for file in (wuerstchen / part).iterdir():
+            assert (out / part / file.name).read_bytes() == file.read_bytes()
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["prior"] == ["wuerstchen", "WuerstchenPrior"]
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizerFast"]
+
+
+def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
+    """The pipeline built part by part samples; in diffusers 0.37 so does from_pretrained."""
+    from transformers import CLIPTextModel, CLIPTokenizerFast
+
+    out = train_here(wuerstchen, tmp_path) / "prior_pipeline"
+    pipeline = diffusers.WuerstchenPriorPipeline(
+        tokenizer=CLIPTokenizerFast.from_pretrained(out / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder"),
+        prior=Reference.from_pretrained(out / "prior", low_cpu_mem_usage=False),
+        scheduler=diffusers.DDPMWuerstchenScheduler.from_pretrained(out / "scheduler"),
+    )
+    old = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 38)
+    pipelines = [pipeline]
+    if old:
+        pipelines.append(diffusers.DiffusionPipeline.from_pretrained(out, low_cpu_mem_usage=False))
+    found = []
+    for pipe in pipelines:
+        pipe.set_progress_bar_config(disable=True)
+        seeded = torch.Generator().manual_seed(1)
+        made = pipe("a bear", height=128, width=128, num_inference_steps=3, generator=seeded)
+        found.append(made.image_embeddings)
+    assert found[0].shape == (1, 16, 3, 3) and found[0].isfinite().all()
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+# ---- The user's own mistakes: one line, exit code 2, before any long work.
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"resolution": 500}, "--resolution is 500; it must be a multiple of 32"),
+        ({"train_data_dir": None}, "No data: give --dataset_name"),
+        ({"caption_column": "words"}, "--caption_column words: --train_data_dir"),
+        (
+            {"resume_from_checkpoint": "checkpoint-8"},
+            "--resume_from_checkpoint checkpoint-8: there is no",
+        ),
+        ({"output_dir": "/dev/null/out"}, "--output_dir /dev/null/out can't be written"),
+        (
+            {"pretrained_prior_model_name_or_path": tiny.PICTURES},
+            "is no whole Würstchen: tokenizer",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_line(wuerstchen, tmp_path, changed, said):
+    words = flags(wuerstchen, **{"output_dir": tmp_path / "out", **changed})
+    code, printed = command(sys.executable, "train.py", *words, check=False)
+    assert code == 2, printed
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1].startswith("train.py: ") and said in printed.splitlines()[-1]
+
+
+def test_mistakes_under_torchrun_are_said_once(wuerstchen, tmp_path):
+    words = flags(wuerstchen, tmp_path / "out", caption_column="words")
+    code, printed = command(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+        f"--master_port={free_port()}", "train.py", *words, check=False,
+    )  # fmt: skip
+    assert code != 0 and printed.count("train.py: --caption_column words") == 1
+
+
+def test_the_seeds_command_says_what_is_missing(tmp_path):
+    """Without the Hub it ends in one line that names the flag; nothing else stands in its way."""
+    code, printed = command(
+        sys.executable, "train.py", "--mixed_precision=fp16", "--resolution=768", "--push_to_hub",
+        "--dataset_name=lambdalabs/naruto-blip-captions", "--train_batch_size=4",
+        "--report_to=wandb",
+        "--gradient_accumulation_steps=4", "--gradient_checkpointing", "--dataloader_num_workers=4",
+        "--max_train_steps=15000", "--learning_rate=1e-05", "--max_grad_norm=1",
+        "--checkpoints_total_limit=3", "--lr_scheduler=constant", "--lr_warmup_steps=0",
+        "--validation_prompts=A robot naruto, 4k photo", f"--output_dir={tmp_path / 'out'}",
+        check=False,
+    )  # fmt: skip
+    assert code == 2 and "Traceback" not in printed
+    assert "No GPU here" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("train.py: --dataset_name lambdalabs/naruto-blip-captions can't be read")
+
+
+def test_a_folder_with_checkpoints_is_refused(wuerstchen, tmp_path):
+    train_here(wuerstchen, tmp_path, max_train_steps=1)
+    with pytest.raises(UserError, match="already holds checkpoint-1"):
+        train_here(wuerstchen, tmp_path, max_train_steps=1)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 8},
+        {"resolution": 96},
+        {"train_batch_size": 3},
+        {"loss_weighting": "p2"},
+        {"use_ema": True},
+    ],
+    ids=str,
+)
+def test_another_run_is_not_resumed(wuerstchen, tmp_path, changed):
+    train_here(wuerstchen, tmp_path, max_train_steps=1)
+    with pytest.raises(UserError, match="so this would be another run"):
+        train_here(wuerstchen, tmp_path, resume_from_checkpoint="latest", **changed)
+
+
+def test_other_data_is_not_resumed(wuerstchen, tmp_path):
+    train_here(wuerstchen, tmp_path / "out", max_train_steps=1)
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows.select(range(50)).save_to_disk(tmp_path / "fewer")
+    other = {"train_data_dir": None, "dataset_name": tmp_path / "fewer"}
+    with pytest.raises(UserError, match="data was .* so this would be another run"):
+        train_here(wuerstchen, tmp_path / "out", resume_from_checkpoint="latest", **other)
+
+
+def test_changed_learning_rate_is_said_and_taken(wuerstchen, tmp_path, capsys):
+    train_here(wuerstchen, tmp_path, max_train_steps=1)
+    train_here(
+        wuerstchen, tmp_path, resume_from_checkpoint="latest", learning_rate=5e-4, logging_steps=1
+    )
+    printed = capsys.readouterr().out
+    assert "changed since then: learning_rate 0.001 → 0.0005" in printed
+    assert "lr 5.00e-04" in printed
+
+
+def test_every_sample_once_an_epoch(wuerstchen, tmp_path, monkeypatch):
+    """Counted where they are read: 56 rows, 5 a step, 2 epochs and a bit."""
+    seen = []
+    take = data.Pairs.__getitem__
+    monkeypatch.setattr(
+        data.Pairs,
+        "__getitem__",
+        lambda self, p: seen.append(draws.row_at(7, p, 56)) or take(self, p),
+    )
+    train_here(wuerstchen, tmp_path, train_batch_size=5, max_train_steps=23)
+    assert len(seen) == 115
+    assert sorted(seen[:56]) == sorted(seen[56:112]) == list(range(56))
+
+
+def test_main_is_what_the_command_runs():
+    assert Path(train.__file__).name == "train.py"
+    assert config.parse(config.Settings, ["--train_data_dir=x"]).train_batch_size == 1
