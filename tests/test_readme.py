@@ -1,0 +1,54 @@
+"""The README's map is true: every file with its lines, every table as its command prints it."""
+
+import re
+import shlex
+import sys
+
+from minwurst import cost
+from minwurst.config import Settings, parse
+from tests.conftest import ROOT, command
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def lines(name):
+    return (ROOT / name).read_text(encoding="utf-8").count("\n")
+
+
+def test_every_file_stands_in_the_table_with_its_lines():
+    listed = dict(re.findall(r"^\| \[([\w/.]+)\].*\| (\d+) \|$", README, re.MULTILINE))
+    files = ["train.py", *(f"minwurst/{path.name}" for path in (ROOT / "minwurst").glob("*.py"))]
+    files.remove("minwurst/__init__.py")
+    assert {name: int(count) for name, count in listed.items()} == {f: lines(f) for f in files}
+
+
+def test_the_loop_is_as_long_as_it_says():
+    text = (ROOT / "train.py").read_text(encoding="utf-8").splitlines()
+    rules = [number for number, line in enumerate(text) if line.startswith("    # =====")]
+    assert f"({rules[1] - rules[0] - 1} lines between two" in README
+    assert rules[1] - rules[0] < 60
+
+
+def test_the_memory_table_is_what_its_command_prints(capsys):
+    cost.main()
+    printed = capsys.readouterr().out
+    assert printed in README
+
+
+def test_its_commands_parse():
+    text = README.replace("\\\n", " ").replace("=$DATASET_NAME", "=owner/name")
+    found = re.findall(r"train\.py((?: +--[\w=\"./-]+)+)", text)
+    assert len(found) >= 2
+    for words in (words for words in found if "--help" not in words):
+        parse(Settings, shlex.split(words))
+
+
+def test_its_example_of_use_runs(wuerstchen, tmp_path):
+    """The Python block as it stands, on a small exported folder."""
+    from minwurst import hub, models
+
+    hub.export_prior(tmp_path / "prior_pipeline", models.load_prior(wuerstchen), wuerstchen)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = code.replace("runs/first/prior_pipeline", str(tmp_path / "prior_pipeline"))
+    _, printed = command(sys.executable, "-c", code)
+    assert "torch.Size([1, 16, 3, 3])" in printed
