@@ -101,7 +101,6 @@ def main(settings):
         updates=updates,
     )
     model = dist.wrap(prior, device, autocast)
-    guard = optim.FiniteGuard(scaler.is_enabled())
 
     def save_checkpoint(step, updates):
         """All that a resumed run needs; random numbers are not in it, they follow from the seed."""
@@ -116,14 +115,16 @@ def main(settings):
         dist.on_main(checkpoint.save, output_dir, step, groups, facts, limit)
 
     # ---- The stream of samples from where we stand, and where the numbers go.
-    micro_batches = [
-        draws.positions(step, micro_step, rank, batch=batch, accumulation=accumulation, world=world)
-        for step in range(first_step, last_step + 1)
-        for micro_step in range(accumulation)
-    ]
     pairs = data.Pairs(rows, settings.resolution, seed, settings.caption_dropout)
+    cut = {"batch": batch, "accumulation": accumulation, "world": world}
+    steps = range(first_step, last_step + 1)
+    places = [place for step in steps for place in draws.micro_batches(step, rank, **cut)]
     workers, pin_memory = settings.dataloader_num_workers, device.type == "cuda"
-    stream = data.batches(pairs, micro_batches, workers, pin_memory)
+    stream = data.batches(pairs, places, workers, pin_memory)
+    guard = optim.FiniteGuard(
+        fp16=scaler.is_enabled(),
+        rows_of=lambda step, rank: pairs.row_numbers(draws.micro_batches(step, rank, **cut)),
+    )
     cost.announce(
         settings, prior, trainable, [text_encoder, image_encoder],
         rows=len(rows), world=world, first_step=first_step, last_step=last_step,
@@ -131,7 +132,7 @@ def main(settings):
     log = Log(settings, output_dir, first_step, last_step, global_batch)
 
     # ================================================================================== the loop
-    for step in range(first_step, last_step + 1):
+    for step in steps:
         torch.manual_seed(draws.dropout_seed(seed, step, rank))  # for dropout inside the network
         step_loss = torch.zeros((), device=device)
         for micro_step in range(accumulation):

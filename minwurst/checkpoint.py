@@ -56,8 +56,7 @@ def save(output_dir, step, groups, state, keep=None):
     try:
         for group, tensors in groups.items():
             if tensors:
-                tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-                save_file(tensors, draft / f"{group}.safetensors")
+                save_file(apart(tensors), draft / f"{group}.safetensors")
         (draft / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         seal = {file.name: describe(file) for file in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps(seal, indent=1), encoding="utf-8")
@@ -76,6 +75,17 @@ def save(output_dir, step, groups, state, keep=None):
     flush(folder.parent)
     for old in list_all(output_dir)[:-keep] if keep else []:
         remove(old)
+
+
+def apart(tensors):
+    """The tensors, each with memory of its own, which safetensors wants and 8-bit Adam lacks."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return found
 
 
 def load(folder):

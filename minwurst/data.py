@@ -182,6 +182,12 @@ class Pairs(torch.utils.data.Dataset):
         caption = draws.caption(self.seed, position, captions_of(row), self.caption_dropout)
         return preprocess(open_picture(row), self.side), caption, position
 
+    def row_numbers(self, micro_batches):
+        """The numbers of the rows at some ranges of positions, to name them in a message."""
+        places = [position for positions in micro_batches for position in positions]
+        count = len(self.rows)
+        return [self.rows[draws.row_at(self.seed, p, count)]["number"] for p in places]
+
 
 def collate(samples):
     """B × (pixels, caption, position) as {"pixels": (B, 3, R, R), "captions", "positions"}."""
@@ -189,11 +195,14 @@ def collate(samples):
     return {"pixels": torch.stack(pixels), "captions": list(captions), "positions": list(positions)}
 
 
-def batches(pairs, micro_batches, workers=0, pin_memory=False):
-    """An iterator over batches, read ahead by `workers` processes (0: read when asked)."""
+def batches(pairs, places, workers=0, pin_memory=False):
+    """An iterator over the batches at `places`, ranges of positions of the stream.
+
+    workers: processes that read ahead; 0 reads when asked.
+    """
     loader = torch.utils.data.DataLoader(
         pairs,
-        batch_sampler=micro_batches,
+        batch_sampler=places,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,

@@ -39,14 +39,15 @@ def row_at(seed, position, rows):
     return int(epoch_order(seed, epoch, rows)[place])
 
 
-def positions(step, micro_step, rank, *, batch, accumulation, world):
-    """The positions of one micro-batch, as a range of length `batch`.
+def micro_batches(step, rank, *, batch, accumulation, world):
+    """A rank's positions in an optimizer step (from 1): `accumulation` ranges of length `batch`.
 
-    Optimizer step s (from 1) takes `accumulation · world · batch` positions; its micro-steps and
-    ranks cut them into pieces, so any cut of the same global batch sees the same samples.
+    All micro-steps and ranks of a step share `accumulation · world · batch` positions in a row, so
+    any cut of the same global batch sees the same samples.
     """
-    start = (((step - 1) * accumulation + micro_step) * world + rank) * batch
-    return range(start, start + batch)
+    pieces = range((step - 1) * accumulation, step * accumulation)
+    starts = [(piece * world + rank) * batch for piece in pieces]
+    return [range(start, start + batch) for start in starts]
 
 
 def caption(seed, position, captions, dropout=0.0):

@@ -69,8 +69,9 @@ class FiniteGuard:
     in a row.
     """
 
-    def __init__(self, fp16, patience=25):
-        self.fp16, self.patience, self.skipped = fp16, patience, 0
+    def __init__(self, fp16, rows_of=lambda step, rank: "unknown", patience=25):
+        """rows_of(step, rank): the numbers of the rows that a rank took in a step."""
+        self.fp16, self.rows_of, self.patience, self.skipped = fp16, rows_of, patience, 0
 
     def check(self, step, loss, norm):
         """True where the update may be made, the same on all ranks; raises UserError to stop."""
@@ -78,7 +79,10 @@ class FiniteGuard:
         advice = "It changed no weight. Lower --learning_rate, or take bf16 instead of fp16."
         bad = [rank for rank, (loss_is_finite, _) in enumerate(ranks) if not loss_is_finite]
         if bad:
-            raise UserError(f"Step {step}: the loss is not finite on rank {bad[0]}. {advice}")
+            rows = self.rows_of(step, bad[0])
+            raise UserError(
+                f"Step {step}: the loss is not finite on rank {bad[0]}, rows {rows}. {advice}"
+            )
         finite = all(norm_is_finite for _, norm_is_finite in ranks)
         self.skipped = 0 if finite else self.skipped + 1
         if not finite and (not self.fp16 or self.skipped > self.patience):

@@ -69,12 +69,17 @@ def test_help_has_every_setting(capsys):
         ("--learning_rate=nan", "--learning_rate is nan"),
         ("--caption_dropout=1.5", "--caption_dropout is 1.5; it must lie between 0 and 1"),
         ("--max_grad_norm=0", "--max_grad_norm must be above 0"),
-        ("--use_8bit_adam", "--use_8bit_adam needs a package: pip install bitsandbytes"),
     ],
 )
 def test_impossible_values(flag, said):
     with pytest.raises(UserError, match=said):
         parse(Settings, [*DATA, flag])
+
+
+def test_eight_bit_adam_names_its_package(monkeypatch):
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--use_8bit_adam needs .*pip install bitsandbytes"):
+        parse(Settings, [*DATA, "--use_8bit_adam"])
 
 
 def test_no_data_names_the_flags():

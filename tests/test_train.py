@@ -1,6 +1,7 @@
 """train.py as a whole: equal to a plain loop, to itself resumed, and to itself cut over ranks."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -129,6 +130,15 @@ def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision):
     start_and_end = saved(whole / "checkpoint-2"), saved(whole / "checkpoint-4")
     assert not torch.equal(*(tensors["weights/out.1.weight"] for tensors in start_and_end))
     assert not torch.equal(*(tensors["ema/out.1.weight"] for tensors in start_and_end))
+
+
+def test_eight_bit_adam_resumes_too(wuerstchen, tmp_path):
+    settings = {"use_8bit_adam": True, "checkpointing_steps": 2}
+    whole = train_here(wuerstchen, tmp_path / "whole", **settings)
+    parts = train_here(wuerstchen, tmp_path / "parts", **settings, max_train_steps=2)
+    train_here(wuerstchen, parts, **settings, resume_from_checkpoint="latest")
+    assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
+    assert torch.uint8 in {tensor.dtype for tensor in saved(whole / "checkpoint-4").values()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -271,7 +281,9 @@ def test_a_bad_loss_stops_before_it_is_saved(wuerstchen, tmp_path, monkeypatch):
         return add_noise(latents, noise, t) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(diffusion, "add_noise", poisoned)
-    with pytest.raises(UserError, match="Step 4: the loss is not finite on rank 0"):
+    rows = [draws.row_at(7, position, 56) for position in range(12, 16)]
+    said = f"Step 4: the loss is not finite on rank 0, rows {rows}. It changed no weight."
+    with pytest.raises(UserError, match=re.escape(said)):
         train_here(wuerstchen, tmp_path, max_train_steps=6, checkpointing_steps=1)
     assert [path.name for path in checkpoint.list_all(tmp_path)] == [
         f"checkpoint-{n}" for n in (1, 2, 3)
