@@ -14,7 +14,7 @@ import math
 import torch
 
 from minwurst import checkpoint, config, cost, data, diffusion, dist, draws, hub, models, optim
-from minwurst.report import Log, closing, opening
+from minwurst.report import Log, closing, opening, say
 
 
 def main(settings):
@@ -24,32 +24,15 @@ def main(settings):
     resumed = dist.on_main(checkpoint.find, settings.resume_from_checkpoint, output_dir)
     saved, state = checkpoint.load(resumed) if resumed else ({}, checkpoint.FRESH)
     seed = settings.seed = dist.on_main(draws.choose_seed, settings.seed, state["seed"])
+    opening(settings, device, world, resumed)
     changes = checkpoint.changes(state["settings"], config.public(settings))
-    opening(settings, device, world, resumed, changes)
 
-    # ---- Data. Every row is read once before anything large is loaded.
+    # ---- Data and models are found; then every row is read once, before anything large is loaded.
     rows = data.open_rows(
         settings.dataset_name, settings.dataset_config_name, settings.train_data_dir,
         settings.image_column, settings.caption_column, settings.cache_dir,
     )  # fmt: skip
     rows = data.sample_rows(rows, settings.max_train_samples, seed)
-    batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
-    global_batch = batch * accumulation * world
-    identity = {"global_batch": global_batch, "data": data.check_rows(rows)}
-    checkpoint.changes(state["identity"], identity)
-    first_step = state["step"] + 1
-    last_step = settings.max_train_steps
-    if last_step is None:
-        last_step = math.ceil(settings.num_train_epochs * len(rows) / global_batch)
-
-    # ---- Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
-    compute_type = cost.COMPUTE_TYPES[settings.mixed_precision]
-    autocast = torch.autocast(device.type, compute_type, enabled=compute_type != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=compute_type == torch.float16)
-    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
-    torch.backends.cudnn.allow_tf32 = settings.allow_tf32
-
-    # ---- The frozen encoders turn a batch into what the prior sees.
     prior_folder = models.locate(
         "pretrained_prior_model_name_or_path",
         settings.pretrained_prior_model_name_or_path,
@@ -59,6 +42,39 @@ def main(settings):
         "image_encoder_name_or_path", settings.image_encoder_name_or_path, settings.cache_dir
     )
     text_folder = models.text_folder(prior_folder, settings.cache_dir)
+    models.check_parts(prior_folder, text_folder, encoder_folder)
+    fingerprint = data.check_rows(rows)
+
+    # ---- Length: a step is one update of the weights, whatever number of ranks share its batch.
+    batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+    global_batch = batch * accumulation * world
+    last_step = settings.max_train_steps
+    if last_step is None:
+        last_step = math.ceil(settings.num_train_epochs * len(rows) / global_batch)
+    steps = range(state["step"] + 1, last_step + 1)
+
+    # ---- What makes it this run and no other; one that goes on must agree.
+    encoders = (encoder_folder, text_folder / "text_encoder", text_folder / "tokenizer")
+    identity = {
+        "global_batch": global_batch,
+        "data": fingerprint,
+        "encoders": dist.on_main(models.fingerprint, *encoders),
+        "prior": models.prior_sizes(prior_folder),
+        "world": world,
+    }
+    for change in changes + checkpoint.changes(state["identity"], identity):
+        say(f"changed since then: {change}")
+    dist.on_main(checkpoint.set_aside_later, output_dir, state["step"])
+
+    # ---- Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
+    compute_types = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    compute_type = compute_types[settings.mixed_precision]
+    autocast = torch.autocast(device.type, compute_type, enabled=compute_type != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=compute_type == torch.float16)
+    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+
+    # ---- The frozen encoders turn a batch into what the prior sees.
     tokenizer, text_encoder = models.load_text(text_folder, compute_type)
     text_encoder.to(device)
     image_encoder = models.load_image_encoder(encoder_folder).to(device)  # fp32, as trained
@@ -66,7 +82,7 @@ def main(settings):
     @torch.no_grad()
     def encode(samples):
         """{"pixels": (B, 3, R, R), "captions": B texts} → (B, 16, h, w) fp32, (B, 77, D)."""
-        encoded = image_encoder(samples["pixels"].to(device, non_blocking=True))
+        encoded = image_encoder(data.to_device(samples["pixels"], device))
         text = models.encode_text(tokenizer, text_encoder, samples["captions"])
         return diffusion.scale_latents(encoded), text
 
@@ -92,6 +108,7 @@ def main(settings):
         optim.copy_into(ema.average, saved.get("ema", {}))
         optim.restore_state(optimizer, trainable, saved.get("optimizer", {}), state["optimizer"])
         optim.restore_scaler(scaler, state["scaler"])
+    del saved  # it keeps the checkpoint's files open, which rotation wants to remove
     updates = state["updates"]
     schedule = optim.learning_rates(
         optimizer,
@@ -107,7 +124,7 @@ def main(settings):
         tensors, numbers = optim.state_by_name(optimizer, trainable)
         groups = {"weights": trainable, "optimizer": tensors, "ema": ema.average}
         facts = {
-            "step": step, "updates": updates, "seed": seed, "world": world, "identity": identity,
+            "step": step, "updates": updates, "seed": seed, "identity": identity,
             "settings": config.public(settings),
             "scaler": scaler.state_dict(), "optimizer": numbers,
         }  # fmt: skip
@@ -117,19 +134,24 @@ def main(settings):
     # ---- The stream of samples from where we stand, and where the numbers go.
     pairs = data.Pairs(rows, settings.resolution, seed, settings.caption_dropout)
     cut = {"batch": batch, "accumulation": accumulation, "world": world}
-    steps = range(first_step, last_step + 1)
-    places = [place for step in steps for place in draws.micro_batches(step, rank, **cut)]
+    places = (place for step in steps for place in draws.micro_batches(step, rank, **cut))
     workers, pin_memory = settings.dataloader_num_workers, device.type == "cuda"
     stream = data.batches(pairs, places, workers, pin_memory)
     guard = optim.FiniteGuard(
         fp16=scaler.is_enabled(),
         rows_of=lambda step, rank: pairs.row_numbers(draws.micro_batches(step, rank, **cut)),
     )
+    frozen = [text_encoder, image_encoder]
     cost.announce(
-        settings, prior, trainable, [text_encoder, image_encoder],
-        rows=len(rows), world=world, first_step=first_step, last_step=last_step,
-    )  # fmt: skip
-    log = Log(settings, output_dir, first_step, last_step, global_batch)
+        settings, prior, trainable, frozen, compute_type, rows=len(rows), world=world, steps=steps
+    )
+    log = Log(
+        settings.report_to,
+        output_dir / settings.logging_dir,
+        every=settings.logging_steps,
+        steps=steps,
+        global_batch=global_batch,
+    )
 
     # ================================================================================== the loop
     for step in steps:
@@ -141,8 +163,9 @@ def main(settings):
 
             # A sample's time and noise follow from the seed and its position in the stream.
             uniform = draws.uniform(seed, samples["positions"])                              # (B,)
-            t = diffusion.timesteps(uniform, settings.timestep_sampling).to(device)          # (B,)
-            noise = draws.noise(seed, samples["positions"], latents.shape[1:]).to(device)
+            t = diffusion.timesteps(uniform, settings.timestep_sampling)                     # (B,)
+            noise = draws.noise(seed, samples["positions"], latents.shape[1:])     # (B, 16, h, w)
+            t, noise = data.to_device(t, device), data.to_device(noise, device)
             noisy = diffusion.add_noise(latents, noise, t)                         # (B, 16, h, w)
 
             with dist.sync_gradients(model, last=micro_step == accumulation - 1):
@@ -159,7 +182,7 @@ def main(settings):
         finite = guard.check(step, step_loss, norm)  # reads the device, once a step
         scaler.step(optimizer)  # in fp16, an overflowed gradient leaves the weights as they are
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay in its buckets
         log.step(step, step_loss, norm, schedule.get_last_lr()[0])
         if finite:
             updates += 1

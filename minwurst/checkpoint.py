@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -51,17 +52,16 @@ def save(output_dir, step, groups, state, keep=None):
     """
     folder = Path(output_dir) / f"checkpoint-{step}"
     draft = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)  # what an interrupted save left behind
-    draft.mkdir()
     try:
+        shutil.rmtree(draft, ignore_errors=True)  # what an interrupted save left behind
+        draft.mkdir()
         for group, tensors in groups.items():
             if tensors:
                 save_file(apart(tensors), draft / f"{group}.safetensors")
         (draft / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         seal = {file.name: describe(file) for file in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps(seal, indent=1), encoding="utf-8")
-        for file in [*draft.iterdir(), draft]:
-            flush(file)
+        put_in_place(draft, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
@@ -69,12 +69,24 @@ def save(output_dir, step, groups, state, keep=None):
             f"{folder} was not written: {error}. It needs {size:,} bytes. Free some space; earlier "
             "checkpoints are intact, and --resume_from_checkpoint=latest goes on from them."
         ) from None
+    for old in list_all(output_dir)[:-keep] if keep else []:
+        try:
+            remove(old)
+        except OSError as error:  # a full disk later is better than a stop now
+            print(f"{old.name} could not be removed: {error}", flush=True)
+
+
+def put_in_place(draft, folder):
+    """Flush a finished draft to the disk and give it its name; what bore that name goes last."""
+    for path in [*draft.rglob("*"), draft]:
+        flush(path)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        remove(folder)
+        folder.rename(old)
     draft.rename(folder)
     flush(folder.parent)
-    for old in list_all(output_dir)[:-keep] if keep else []:
-        remove(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def apart(tensors):
@@ -140,6 +152,18 @@ def find(wanted, output_dir):
     return None
 
 
+def set_aside_later(output_dir, step):
+    """Rename checkpoints beyond the step a run goes on from: they are of a branch that was left.
+
+    Else rotation would count them, and `latest` would take them for this run's. None is deleted.
+    """
+    for folder in list_all(output_dir):
+        if int(NAME.fullmatch(folder.name)[1]) > step:
+            aside = folder.with_name(f"{folder.name}.left-{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            print(f"{folder.name} lies beyond step {step} and is now {aside.name}", flush=True)
+
+
 def damage(folder):
     """Why a checkpoint can't be trusted, in a few words; None where it is as it was sealed."""
     manifest = Path(folder) / MANIFEST
@@ -147,6 +171,8 @@ def damage(folder):
         return f"it has no {MANIFEST}, so it was not finished or is no checkpoint of this project"
     try:
         seal = json.loads(manifest.read_text(encoding="utf-8"))
+        if not {"state.json", "weights.safetensors"} <= seal.keys():
+            return f"its {MANIFEST} names no weights"
         for name, promised in seal.items():
             file = Path(folder) / name
             if not file.is_file():
@@ -157,6 +183,8 @@ def damage(folder):
                 return f"{name} has changed since it was written"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"its {MANIFEST} can't be read"
+    except OSError as error:
+        return f"it can't be read: {error}"
     return None
 
 
@@ -187,26 +215,36 @@ FREE = """
     learning_rate lr_scheduler lr_warmup_steps max_train_steps num_train_epochs max_grad_norm
     adam_beta1 adam_beta2 adam_weight_decay adam_epsilon ema_decay
     mixed_precision gradient_checkpointing allow_tf32
-    train_batch_size gradient_accumulation_steps dataset_name train_data_dir dataloader_num_workers
+    train_batch_size gradient_accumulation_steps world dataloader_num_workers
+    pretrained_prior_model_name_or_path image_encoder_name_or_path
+    dataset_name dataset_config_name train_data_dir image_column caption_column
     output_dir cache_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     logging_dir logging_steps report_to tracker_project_name validation_prompts validation_epochs
     pretrained_decoder_model_name_or_path push_to_hub hub_token hub_model_id
 """.split()
+# What stands behind the names in a run's identity, for the message that refuses a change.
+MEANING = {
+    "global_batch": "the pictures of a step (--train_batch_size × --gradient_accumulation_steps × "
+    "processes)",
+    "data": "the data's content (a fingerprint)",
+    "encoders": "the encoders' files (a fingerprint)",
+    "prior": "the prior's sizes",
+}
 QUIET = {"output_dir", "cache_dir", "resume_from_checkpoint"}  # nobody needs to be told of these
 
 
 def changes(before, now):
     """Lines that say what changed since a checkpoint; UserError where it may not change.
 
-    before, now: settings by name. Batch size and accumulation may change against each other, and
-    the data may have moved: that the global batch and the data's fingerprint are the same is a
-    second call's affair.
+    before, now: settings by name, or a run's identity. As settings, batch size and paths may
+    change; that what they come to has not changed is for the identity to tell.
     """
     changed = [name for name in before if name in now and before[name] != now[name]]
     for name in changed:
         if name not in FREE:
             raise UserError(
-                f"--resume_from_checkpoint: {name} was {before[name]} and is {now[name]} now, so "
-                "this would be another run. Put it back, or start in another --output_dir."
+                f"--resume_from_checkpoint: {MEANING.get(name, f'--{name}')} was {before[name]} "
+                f"and is {now[name]} now, so this would be another run. Put it back, or start "
+                "in another --output_dir."
             )
     return [f"{name} {before[name]} → {now[name]}" for name in changed if name not in QUIET]

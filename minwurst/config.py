@@ -120,7 +120,7 @@ class Settings:
     max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened to it.")
     use_8bit_adam: bool = setting(
         False,
-        "Keep Adam's state in 8 bits; needs the package bitsandbytes and a GPU.",
+        "Keep Adam's state in 8 bits; needs the package bitsandbytes.",
     )
     use_ema: bool = setting(
         False,
@@ -200,9 +200,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name} is {value}; it must be at least {least}.")
-        for name in ("caption_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
+        for name in ("caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be below 1.")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
+            raise UserError("--learning_rate must be above 1e-7, where polynomial schedules end.")
         if self.resolution < 32 or self.resolution % 32:
             near = max(1, round(self.resolution / 32)) * 32
             raise UserError(

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from minwurst import report
+from minwurst import dist, report
 from minwurst.config import UserError
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
@@ -77,21 +77,21 @@ def size_of(module):
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def announce(settings, prior, trainable, frozen, *, rows, world, first_step, last_step):
+def announce(settings, prior, trainable, frozen, compute_type, *, rows, world, steps):
     """Say what the run will do and take; UserError where the disk can't hold it.
 
-    trainable: parameters by name. frozen: the encoders.
+    trainable: parameters by name. frozen: the encoders. steps: the range of steps to come.
     """
     total = sum(weight.numel() for weight in prior.parameters())
     trained = sum(weight.numel() for weight in trainable.values())
     encoders = sum(size_of(encoder) for encoder in frozen)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * world
     report.say(
-        f"{rows} rows, {global_batch} pictures a step, steps {first_step} to {last_step} "
-        f"({last_step * global_batch / rows:.1f} epochs in all)"
+        f"{rows} rows, {global_batch} pictures a step, steps {steps.start} to {steps.stop - 1} "
+        f"({(steps.stop - 1) * global_batch / rows:.1f} epochs in all)"
     )
     common = {
-        "compute_type": COMPUTE_TYPES[settings.mixed_precision],
+        "compute_type": compute_type,
         "gradient_checkpointing": settings.gradient_checkpointing,
     }
     adam = {"use_8bit_adam": settings.use_8bit_adam, "use_ema": settings.use_ema}
@@ -102,11 +102,16 @@ def announce(settings, prior, trainable, frozen, *, rows, world, first_step, las
     report.say(f"trains {trained:,} of {total:,} parameters")
     report.say(f"memory on each device, about {gib(sum(needs.values()))}: {listed}")
 
-    checkpoint = 4 * trained + (needs["Adam"] + needs.get("EMA", 0))
-    saves = len(range(first_step, last_step + 1)) // settings.checkpointing_steps + 1
+    dist.on_main(check_disk, settings, trained, total, len(steps))
+
+
+def check_disk(settings, trained, total, steps):
+    """The disk's part of `announce`: what checkpoints and result take, and what is free."""
+    checkpoint = (4 + (2 if settings.use_8bit_adam else 8) + 4 * settings.use_ema) * trained
+    saves = steps // settings.checkpointing_steps + 1
     limit = settings.checkpoints_total_limit
     at_once = min(saves, limit + 1) if limit else saves  # the new comes before the old goes
-    needed = at_once * checkpoint + 4 * total + size_of(frozen[0])
+    needed = at_once * checkpoint + 4 * total  # and the text encoder's copy in the result
     free = shutil.disk_usage(settings.output_dir).free
     report.say(f"disk: {gib(checkpoint)} a checkpoint, {gib(needed)} in all, {gib(free)} free")
     if free < min(needed, 2 * checkpoint):
@@ -116,9 +121,6 @@ def announce(settings, prior, trainable, frozen, *, rows, world, first_step, las
         )
     if free < needed:
         report.say("The disk will not hold all checkpoints: set --checkpoints_total_limit.")
-
-
-COMPUTE_TYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def gib(count):

@@ -10,6 +10,7 @@ Resize, CenterCrop, ToTensor and Normalize.
 
 import hashlib
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def preprocess(picture, side):
 
 
 def check_rows(rows):
-    """Read every caption and decode every picture once; a fingerprint of them all, as hex digits.
+    """Read every caption and decode every picture once; a fingerprint of them all, 16 hex digits.
 
     Ranks share the work, and threads within a rank. The first bad row is a UserError on all ranks.
     """
@@ -159,7 +160,8 @@ def check_rows(rows):
 
     ranks = dist.world_size()
     mine = range(dist.rank(), len(rows), ranks)
-    with ThreadPoolExecutor() as pool:
+    threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         found = report.progress(pool.map(check, mine), "checking the data", total=len(mine))
         checked = dict(zip(mine, found, strict=True))
     everyone = {number: found for part in dist.gather(checked) for number, found in part.items()}
@@ -168,7 +170,7 @@ def check_rows(rows):
         more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
         raise UserError(errors[0] + more)
     digests = "".join(everyone[number][1] for number in range(len(rows)))
-    return hashlib.sha256(digests.encode()).hexdigest()
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -187,6 +189,13 @@ class Pairs(torch.utils.data.Dataset):
         places = [position for positions in micro_batches for position in positions]
         count = len(self.rows)
         return [self.rows[draws.row_at(self.seed, p, count)]["number"] for p in places]
+
+
+def to_device(tensor, device):
+    """The tensor on the device; on a GPU without waiting for what the GPU is doing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(samples):

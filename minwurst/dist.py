@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import os
 import sys
+import traceback
 
 import torch
 import torch.distributed as torch_dist
@@ -25,17 +26,20 @@ from minwurst.config import UserError
 def run(main, kind):
     """Call main(settings) with the command line as a `kind` of Settings; what `train.py` starts.
 
-    A UserError becomes one line, from the main rank, and exit code 2.
+    A UserError becomes one line, once a machine, and exit code 2.
     """
     try:
         main(config.parse(kind))
-    except UserError as error:
-        if error.alone or os.environ.get("RANK", "0") == "0":
+    except Exception as error:
+        mistake = isinstance(error, UserError)
+        if not mistake:
+            traceback.print_exc()
+        elif error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
-        if world_size() == 1:
-            sys.exit(2)
-        os._exit(2)  # not sys.exit: leaving a group while others still wait in it can hang
+        if world_size() > 1:  # leaving in good order can hang while others still wait for us
+            os._exit(2 if mistake else 1)
+        sys.exit(2 if mistake else 1)
     # Only now that main's model is gone: a group that DDP still holds can hang when it is freed.
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
@@ -47,10 +51,12 @@ def start():
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            error = UserError(
                 f"Process {local_rank} of this machine finds no GPU left of "
                 f"{torch.cuda.device_count()}. Start one a GPU: torchrun --nproc_per_node=gpu."
             )
+            error.alone = True
+            raise error
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif torch.backends.mps.is_available() and world == 1:
@@ -87,11 +93,13 @@ def wrap(model, device, autocast):
     wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     # After its first backward pass DDP lays the buckets out anew, in the order in which gradients
     # became ready. From three ranks on that changes the order of sums, so a resumed run would not
-    # equal an uninterrupted one. A pass on next to nothing gets it over with in both.
-    with autocast:
-        output = wrapped(*model.example_inputs())
-    output.sum().backward()
-    wrapped.zero_grad()
+    # equal an uninterrupted one. Passes on next to nothing get it over with in both: the first has
+    # them laid out anew, the second puts the gradients into the new ones.
+    for _ in range(2):
+        with autocast:
+            output = wrapped(*model.example_inputs())
+        output.sum().backward()
+        wrapped.zero_grad(set_to_none=False)
     return wrapped
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import diffusers
 
 from minwurst import models
-from minwurst.checkpoint import flush
+from minwurst.checkpoint import put_in_place
 
 
 def export_prior(folder, prior, text_folder):
@@ -23,7 +23,7 @@ def export_prior(folder, prior, text_folder):
     prior: the fine-tuned network. text_folder: where the base's text encoder and tokenizer lie.
     """
     folder = Path(folder)
-    draft, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     prior.save_pretrained(draft / "prior")
     for part in ("text_encoder", "tokenizer"):
@@ -44,11 +44,4 @@ def export_prior(folder, prior, text_folder):
         "tokenizer": ["transformers", "CLIPTokenizerFast"],
     }
     (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for path in [*draft.rglob("*"), draft]:
-        flush(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(draft, folder)

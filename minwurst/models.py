@@ -9,6 +9,8 @@ Parts are loaded one by one because the Hub's Würstchen pipelines do not load a
 diffusers 0.38. Only safetensors and JSON are read: no pickle, no remote code.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -17,6 +19,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 
+from minwurst import checkpoint, data
 from minwurst.config import UserError
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
@@ -61,11 +64,36 @@ def text_folder(folder, cache_dir=None):
     return Path(folder)
 
 
-def load_part(load, folder, part, needed="config.json"):
-    """load(folder/part); where that is missing or broken, a UserError names it."""
+def check_parts(prior_folder, text, encoder_folder):
+    """UserError names the first part that is missing. It takes no time: do it before what does."""
+    prior = "." if is_prior_alone(prior_folder) else "prior"
+    for folder, file in (
+        (prior_folder, Path(prior) / "config.json"),
+        (text, "text_encoder/config.json"),
+        (text, "tokenizer/tokenizer_config.json"),
+        (encoder_folder, "config.json"),
+    ):
+        if not (Path(folder) / file).is_file():
+            raise UserError(f"{folder} is no whole Würstchen: {file} is missing in it.")
+
+
+def prior_sizes(folder):
+    """The prior's sizes as its config names them, read without loading it."""
+    part = "." if is_prior_alone(folder) else "prior"
+    config = json.loads((Path(folder) / part / "config.json").read_text(encoding="utf-8"))
+    return {name: config.get(name) for name in ("c_in", "c", "c_cond", "c_r", "depth", "nhead")}
+
+
+def fingerprint(*folders):
+    """16 hex digits that change with the content of any model file in the folders."""
+    files = [file for folder in folders for p in PATTERNS for file in sorted(Path(folder).glob(p))]
+    digests = [checkpoint.describe(file)["sha256"] for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def load_part(load, folder, part):
+    """load(folder/part); where that is broken, a UserError names it."""
     place = Path(folder) / part
-    if not (place / needed).is_file():
-        raise UserError(f"{folder} is no whole Würstchen: {Path(part) / needed} is missing in it.")
     try:
         return load(place)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
@@ -103,7 +131,7 @@ def load_text(folder, dtype):
         return load_weights(transformers.CLIPTextModel, place, dtype=dtype)
 
     read = transformers.CLIPTokenizerFast.from_pretrained
-    tokenizer = load_part(read, folder, "tokenizer", "tokenizer_config.json")
+    tokenizer = load_part(read, folder, "tokenizer")
     return tokenizer, load_part(encoder, folder, "text_encoder").requires_grad_(False).eval()
 
 
@@ -140,5 +168,7 @@ def encode_text(tokenizer, text_encoder, captions):
         truncation=True,
         max_length=tokenizer.model_max_length,
         return_tensors="pt",
-    ).to(text_encoder.device)
-    return text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    )
+    device = text_encoder.device
+    words, mask = (data.to_device(t, device) for t in (tokens.input_ids, tokens.attention_mask))
+    return text_encoder(words, attention_mask=mask).last_hidden_state

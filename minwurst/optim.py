@@ -41,6 +41,8 @@ def restore_state(optimizer, trainable, tensors, numbers):
     state = {}
     for path, value in {**tensors, **numbers}.items():
         name, key = path.rsplit(".", 1)
+        if torch.is_tensor(value):  # a copy: loaded tensors are windows into the checkpoint's file
+            value = value.to(trainable[name].device, copy=True)
         state.setdefault(places[name], {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -162,7 +162,7 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
         """
         text = self.cond_mapper(c)                                                 # (B, L, C)
         r = embed_timestep(r, self.config.c_r).to(text.dtype)                      # (B, c_r)
-        y = self.projection(x).permute(0, 2, 3, 1)                                 # (B, H, W, C)
+        y = self.projection(x).permute(0, 2, 3, 1).contiguous()                    # (B, H, W, C)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 y = recompute_in_backward(block, y, r, text, use_reentrant=False)
@@ -170,6 +170,6 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
                 y = block(y, r, text)
         norm, head = self.out
         y = head(norm(y).permute(0, 3, 1, 2))                                 # (B, 2·c_in, H, W)
-        # 1 − b can come near zero, where half precision has nothing left: the head ends in fp32.
+        # 1 − b can come near zero: from here on in fp32, whatever the type of the forward pass.
         a, b = y.float().chunk(2, dim=1)
         return ((x.float() - a) / ((1 - b).abs() + 1e-5)).to(x.dtype)

@@ -1,11 +1,12 @@
 """What a run says: the console, TensorBoard, a progress bar. Only the main rank speaks.
 
-    log = Log(settings, output_dir, first_step, last_step, global_batch)
+    log = Log("tensorboard", folder, every=10, steps=range(1, 101), global_batch=16)
     log.step(step, loss, norm, learning_rate)
 
 A tracker that is off is an object of the same shape that does nothing, so the loop has no branch.
 """
 
+import sys
 import time
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ def say(text):
     """One line on the console, from the main rank, above the progress bar."""
     if dist.is_main():
         tqdm.write(text)
+        sys.stdout.flush()  # or a log file shows nothing for the next hundred lines
 
 
 def progress(items, label, **options):
@@ -65,13 +67,12 @@ class Log:
     when it is due. All ranks must call `step`.
     """
 
-    def __init__(self, settings, output_dir, first_step, last_step, global_batch):
-        folder = output_dir / settings.logging_dir
-        self.tracker = make_tracker(settings.report_to, folder, first_step)
-        self.every, self.last_step = settings.logging_steps, last_step
-        self.global_batch = global_batch
-        self.loss, self.written, self.then = 0.0, first_step - 1, time.perf_counter()
-        self.bar = progress(None, "steps", initial=self.written, total=last_step)
+    def __init__(self, report_to, folder, *, every, steps, global_batch):
+        """folder: TensorBoard's. steps: the range to come. global_batch: pictures a step."""
+        self.tracker = make_tracker(report_to, folder, steps.start)
+        self.every, self.last_step, self.global_batch = every, steps.stop - 1, global_batch
+        self.loss, self.written, self.then = 0.0, steps.start - 1, time.perf_counter()
+        self.bar = progress(None, "steps", initial=self.written, total=self.last_step)
 
     def step(self, step, loss, norm, learning_rate):
         """loss: this rank's mean over the step. norm: the gradients', before clipping. Tensors."""
@@ -99,7 +100,7 @@ class Log:
         self.tracker.close()
 
 
-def opening(settings, device, world, resumed, changes):
+def opening(settings, device, world, resumed):
     """What this run is, and in one line each what it asks for that is not to be had here."""
     where = f"{world} × {device.type}" if world > 1 else device.type
     say(f"minwurst on {where}, precision {settings.mixed_precision}, seed {settings.seed}")
@@ -113,8 +114,6 @@ def opening(settings, device, world, resumed, changes):
         say("--push_to_hub: not available yet, the result stays in --output_dir.")
     if resumed:
         say(f"going on from {resumed}")
-        for change in changes:
-            say(f"  changed since then: {change}")
 
 
 def closing(output_dir, settings):

@@ -113,7 +113,7 @@ def test_sources(table, tmp_path):
         assert [data.captions_of(row) for row in rows] == table["words"], name
         assert [data.open_picture(row).getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
         assert rows["number"] == [0, 1, 2, 3]
-        assert len(data.check_rows(rows)) == 64
+        assert len(data.check_rows(rows)) == 16
 
 
 def test_fingerprint_follows_content_not_place(table, tmp_path):

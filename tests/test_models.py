@@ -69,19 +69,28 @@ def test_prior_at_the_root(wuerstchen, tmp_path):
     [
         ("prior", "prior/config.json"),
         ("text_encoder", "text_encoder/config.json"),
-        ("tokenizer", "tokenizer/tok"),
+        ("tokenizer", "tokenizer/tokenizer_config.json"),
+        ("image_encoder", "config.json"),
     ],
 )
 def test_missing_part_is_named(copy, part, missing):
     shutil.rmtree(copy / part)
     with pytest.raises(UserError, match=f"is no whole Würstchen: {missing}.* is missing"):
-        models.load_prior(copy)
-        models.load_text(models.text_folder(copy), torch.float32)
+        models.check_parts(copy, models.text_folder(copy), copy / "image_encoder")
 
 
 def test_a_folder_that_is_something_else(tmp_path):
-    with pytest.raises(UserError, match="prior/config.json is missing"):
-        models.load_prior(tmp_path)
+    with pytest.raises(UserError, match="is no whole Würstchen: prior/config.json is missing"):
+        models.check_parts(tmp_path, tmp_path, tmp_path)
+
+
+def test_fingerprint_follows_content(wuerstchen, copy):
+    parts = ("image_encoder", "text_encoder", "tokenizer")
+    before = models.fingerprint(*(wuerstchen / part for part in parts))
+    assert models.fingerprint(*(copy / part for part in parts)) == before
+    file = copy / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert models.fingerprint(*(copy / part for part in parts)) != before
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "truncated", "no weights"])

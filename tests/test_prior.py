@@ -60,6 +60,16 @@ def test_gradients_equal_diffusers(pair):
             assert relative(weight.grad, expected[name].grad) < 1e-5, name
 
 
+def test_the_picture_stays_channels_last():
+    """Each block takes and gives memory in which a pixel's channels lie side by side."""
+    prior = tiny.make_prior(c=64, dropout=0.0)
+    strides = []
+    for block in prior.blocks:
+        block.register_forward_hook(lambda block, taken, given: strides.append(given.stride()))
+    prior(torch.randn(2, 16, 5, 3), torch.rand(2), torch.randn(2, 7, 32))
+    assert strides == [(5 * 3 * 64, 3 * 64, 64, 1)] * 6
+
+
 def test_published_size():
     with torch.device("meta"):
         weights = WuerstchenPrior(**cost.PUBLISHED).state_dict()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -290,6 +291,19 @@ def test_a_bad_loss_stops_before_it_is_saved(wuerstchen, tmp_path, monkeypatch):
     ]
 
 
+def test_going_back_leaves_the_later_branch_aside(wuerstchen, tmp_path, capsys):
+    """From checkpoint-1 anew: what lies beyond is renamed; not counted, resumed or deleted."""
+    settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 3}
+    out = train_here(wuerstchen, tmp_path, **settings, max_train_steps=3)
+    left = saved(out / "checkpoint-3")
+    back = {"resume_from_checkpoint": "checkpoint-1", "learning_rate": 1e-4}
+    train_here(wuerstchen, out, **settings, **back, max_train_steps=2)
+    assert [path.name for path in checkpoint.list_all(out)] == ["checkpoint-1", "checkpoint-2"]
+    (aside,) = out.glob("checkpoint-3.left-*")
+    assert all(torch.equal(left[name], tensor) for name, tensor in saved(aside).items())
+    assert "checkpoint-3 lies beyond step 1" in capsys.readouterr().out
+
+
 def test_checkpoints_rotate(wuerstchen, tmp_path):
     out = train_here(
         wuerstchen, tmp_path, max_train_steps=5, checkpointing_steps=1, checkpoints_total_limit=2
@@ -381,7 +395,7 @@ def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
         ({"output_dir": "/dev/null/out"}, "--output_dir /dev/null/out can't be written"),
         (
             {"pretrained_prior_model_name_or_path": tiny.PICTURES},
-            "is no whole Würstchen: tokenizer",
+            "is no whole Würstchen: prior/config.json",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -444,12 +458,22 @@ def test_another_run_is_not_resumed(wuerstchen, tmp_path, changed):
         train_here(wuerstchen, tmp_path, resume_from_checkpoint="latest", **changed)
 
 
+def test_moved_models_are_the_same_run_and_other_encoders_are_not(wuerstchen, tmp_path):
+    out = train_here(wuerstchen, tmp_path / "out", max_train_steps=1)
+    moved = shutil.copytree(wuerstchen, tmp_path / "moved")
+    train_here(moved, out, max_train_steps=2, resume_from_checkpoint="latest")
+    config_file = moved / "image_encoder" / "config.json"
+    config_file.write_text(config_file.read_text() + " ")
+    with pytest.raises(UserError, match="the encoders' files .* so this would be another run"):
+        train_here(moved, out, resume_from_checkpoint="latest")
+
+
 def test_other_data_is_not_resumed(wuerstchen, tmp_path):
     train_here(wuerstchen, tmp_path / "out", max_train_steps=1)
     rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
     rows.select(range(50)).save_to_disk(tmp_path / "fewer")
     other = {"train_data_dir": None, "dataset_name": tmp_path / "fewer"}
-    with pytest.raises(UserError, match="data was .* so this would be another run"):
+    with pytest.raises(UserError, match="data's content .* so this would be another run"):
         train_here(wuerstchen, tmp_path / "out", resume_from_checkpoint="latest", **other)
 
 
