@@ -52,6 +52,8 @@ def main(settings):
     if last_step is None:
         last_step = math.ceil(settings.num_train_epochs * len(rows) / global_batch)
     steps = range(state["step"] + 1, last_step + 1)
+    if not steps:
+        say(f"Step {state['step']} is reached already: --max_train_steps would have to be larger.")
 
     # ---- What makes it this run and no other; one that goes on must agree.
     encoders = (encoder_folder, text_folder / "text_encoder", text_folder / "tokenizer")

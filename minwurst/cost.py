@@ -86,9 +86,10 @@ def announce(settings, prior, trainable, frozen, compute_type, *, rows, world, s
     trained = sum(weight.numel() for weight in trainable.values())
     encoders = sum(size_of(encoder) for encoder in frozen)
     global_batch = settings.train_batch_size * settings.gradient_accumulation_steps * world
+    epochs = (steps.stop - 1) * global_batch / rows
     report.say(
         f"{rows} rows, {global_batch} pictures a step, steps {steps.start} to {steps.stop - 1} "
-        f"({(steps.stop - 1) * global_batch / rows:.1f} epochs in all)"
+        f"({epochs:.1f} epochs in all)"
     )
     common = {
         "compute_type": compute_type,

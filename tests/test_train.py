@@ -158,10 +158,11 @@ def test_a_finished_run_is_extended(wuerstchen, tmp_path):
     assert_bitwise_equal(longer / "checkpoint-5", extended / "checkpoint-5")
 
 
-def test_resuming_a_finished_run_changes_nothing(wuerstchen, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(wuerstchen, tmp_path, capsys):
     out = train_here(wuerstchen, tmp_path)
     before = saved(out / "checkpoint-4")
     train_here(wuerstchen, out, resume_from_checkpoint="latest")
+    assert "Step 4 is reached already" in capsys.readouterr().out
     assert all(
         torch.equal(before[name], tensor) for name, tensor in saved(out / "checkpoint-4").items()
     )
