@@ -3,7 +3,8 @@
     python train.py --train_data_dir my_pictures --mixed_precision bf16 --gradient_checkpointing
     torchrun --nproc_per_node=gpu train.py --dataset_name owner/name --resume_from_checkpoint latest
 
-The page reads from the top: set-up, the loop, the export. `--help` lists the settings.
+The page reads from the top: set-up, the loop, the export. lora.py is its twin on low-rank adapters,
+and between the two rules the same to the letter. `--help` lists the settings.
 
     B  pictures of one micro-step    h, w  cells of a latent, resolution / 32
     D  width of the text states      step  optimizer steps, counted from 1
@@ -145,11 +146,13 @@ def main(settings):
     )
     frozen = [text_encoder, image_encoder]
     cost.announce(
-        settings, prior, trainable, frozen, compute_type, rows=len(rows), world=world, steps=steps
-    )
+        settings, prior, trainable, frozen, compute_type,
+        rows=len(rows), world=world, steps=steps,
+    )  # fmt: skip
+    log_folder = output_dir / settings.logging_dir
     log = Log(
         settings.report_to,
-        output_dir / settings.logging_dir,
+        log_folder,
         every=settings.logging_steps,
         steps=steps,
         global_batch=global_batch,
@@ -196,9 +199,10 @@ def main(settings):
     # ============================================================================================
 
     log.close()
+    result = output_dir / "prior_pipeline"
     with ema.in_place():
-        dist.on_main(hub.export_prior, output_dir / "prior_pipeline", prior, text_folder)
-    closing(output_dir, settings)
+        dist.on_main(hub.export_prior, result, prior, text_folder)
+    closing(result, log_folder, settings.report_to)
 
 
 if __name__ == "__main__":

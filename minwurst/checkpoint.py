@@ -219,6 +219,7 @@ FREE = """
     pretrained_prior_model_name_or_path image_encoder_name_or_path
     dataset_name dataset_config_name train_data_dir image_column caption_column
     output_dir cache_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    lora_weights
     logging_dir logging_steps report_to tracker_project_name validation_prompts validation_epochs
     pretrained_decoder_model_name_or_path push_to_hub hub_token hub_model_id
 """.split()
@@ -228,7 +229,7 @@ MEANING = {
     "processes)",
     "data": "the data's content (a fingerprint)",
     "encoders": "the encoders' files (a fingerprint)",
-    "prior": "the prior's sizes",
+    "prior": "the prior (its sizes; for a LoRA, its files' fingerprint)",
 }
 QUIET = {"output_dir", "cache_dir", "resume_from_checkpoint"}  # nobody needs to be told of these
 

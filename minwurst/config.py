@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import os
 
 
 class UserError(Exception):
@@ -175,6 +176,7 @@ class Settings:
         None,
         "Prompts to draw pictures for while training.",
         nargs="+",
+        also=["--validation_prompt"],
     )
     validation_epochs: int = setting(5, "Epochs between two validations.")
     push_to_hub: bool = setting(False, "Upload the result to the Hub at the end.")
@@ -237,7 +239,8 @@ def parse(kind, argv=None):
             options["action"] = "store_true"
         elif field.type is not list:
             options["type"] = field.type
-        parser.add_argument(f"--{field.name}", **options)
+        names = [f"--{field.name}", *options.pop("also", [])]
+        parser.add_argument(*names, **options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(kind)]
@@ -249,6 +252,36 @@ def parse(kind, argv=None):
     return settings
 
 
+@dataclasses.dataclass
+class LoRASettings(Settings):
+    """The settings of lora.py: those of train.py and what an adapter needs."""
+
+    rank: int = setting(4, "Rank of the change: A is (rank, in), B is (out, rank).")
+    lora_alpha: float = setting(None, "The change is alpha/rank · B·A; by default alpha = rank.")
+    lora_dropout: float = setting(0.0, "Dropout before A.")
+    lora_targets: list = setting(
+        ("attention",),
+        "Layers to adapt: `attention` (q, k, v, out), `all-linear`, or names and ends of names.",
+        nargs="+",
+    )
+    lora_weights: str = setting(None, "A LoRA file of the same layers and rank to start from.")
+
+    def check(self):
+        super().check()
+        if self.rank < 1:
+            raise UserError(f"--rank is {self.rank}; it must be at least 1.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UserError(f"--lora_alpha is {self.lora_alpha}; it must be above 0.")
+        if self.lora_weights and not os.path.exists(self.lora_weights):
+            raise UserError(f"--lora_weights {self.lora_weights}: there is no such file.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout is {self.lora_dropout}; it must be below 1.")
+
+
 def public(settings):
     """The settings as they may be written to a file: all but the token."""
-    return {name: value for name, value in vars(settings).items() if name != "hub_token"}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in vars(settings).items()
+        if name != "hub_token"
+    }

@@ -66,9 +66,8 @@ def text_folder(folder, cache_dir=None):
 
 def check_parts(prior_folder, text, encoder_folder):
     """UserError names the first part that is missing. It takes no time: do it before what does."""
-    prior = "." if is_prior_alone(prior_folder) else "prior"
     for folder, file in (
-        (prior_folder, Path(prior) / "config.json"),
+        (prior_folder, prior_part(prior_folder).relative_to(prior_folder) / "config.json"),
         (text, "text_encoder/config.json"),
         (text, "tokenizer/tokenizer_config.json"),
         (encoder_folder, "config.json"),
@@ -77,10 +76,14 @@ def check_parts(prior_folder, text, encoder_folder):
             raise UserError(f"{folder} is no whole Würstchen: {file} is missing in it.")
 
 
+def prior_part(folder):
+    """Where in a folder the prior lies: in `prior` or, where it stands alone, at the root."""
+    return Path(folder) / ("." if is_prior_alone(folder) else "prior")
+
+
 def prior_sizes(folder):
     """The prior's sizes as its config names them, read without loading it."""
-    part = "." if is_prior_alone(folder) else "prior"
-    config = json.loads((Path(folder) / part / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((prior_part(folder) / "config.json").read_text(encoding="utf-8"))
     return {name: config.get(name) for name in ("c_in", "c", "c_cond", "c_r", "depth", "nhead")}
 
 
@@ -115,13 +118,13 @@ def load_weights(kind, place, **options):
     return model
 
 
-def load_prior(folder):
-    """The prior in fp32, from `folder/prior` or, where it stands alone, from the root."""
+def load_prior(folder, dtype=torch.float32):
+    """The prior in `dtype`, from where `prior_part` finds it."""
 
     def prior(place):
-        return load_weights(WuerstchenPrior, place, low_cpu_mem_usage=False).float()
+        return load_weights(WuerstchenPrior, place, low_cpu_mem_usage=False, torch_dtype=dtype)
 
-    return load_part(prior, folder, "." if is_prior_alone(folder) else "prior")
+    return load_part(prior, prior_part(folder), ".")
 
 
 def load_text(folder, dtype):

@@ -116,8 +116,8 @@ def opening(settings, device, world, resumed):
         say(f"going on from {resumed}")
 
 
-def closing(output_dir, settings):
+def closing(result, log_folder, report_to):
     """Where everything is."""
-    say(f"done: {output_dir / 'prior_pipeline'} holds the fine-tuned prior")
-    if settings.report_to != "none":
-        say(f"the log: tensorboard --logdir {output_dir / settings.logging_dir}")
+    say(f"done: {result} holds what was trained")
+    if report_to != "none":
+        say(f"the log: tensorboard --logdir {log_folder}")

@@ -1,0 +1,219 @@
+"""Fine-tune Würstchen v2's prior (Stage C) on captioned pictures: low-rank adapters in its layers.
+
+    python lora.py --train_data_dir my_pictures --mixed_precision bf16 --rank 16
+    torchrun --nproc_per_node=gpu lora.py --dataset_name owner/name --resume_from_checkpoint latest
+
+The page is train.py's twin: `diff train.py lora.py` shows all that LoRA changes, and between the
+two rules they are the same to the letter. `--help` lists the settings.
+
+    B  pictures of one micro-step    h, w  cells of a latent, resolution / 32
+    D  width of the text states      step  optimizer steps, counted from 1
+"""
+
+import math
+
+import torch
+
+from minwurst import checkpoint, config, cost, data, diffusion, dist, draws, lora, models, optim
+from minwurst.report import Log, closing, opening, say
+
+
+def main(settings):
+    # ---- Who we are, and where we stand: a fresh run, or one that goes on.
+    rank, world, device = dist.start()
+    output_dir = dist.on_main(checkpoint.make_folder, settings.output_dir)
+    resumed = dist.on_main(checkpoint.find, settings.resume_from_checkpoint, output_dir)
+    saved, state = checkpoint.load(resumed) if resumed else ({}, checkpoint.FRESH)
+    seed = settings.seed = dist.on_main(draws.choose_seed, settings.seed, state["seed"])
+    opening(settings, device, world, resumed)
+    changes = checkpoint.changes(state["settings"], config.public(settings))
+
+    # ---- Data and models are found; then every row is read once, before anything large is loaded.
+    rows = data.open_rows(
+        settings.dataset_name, settings.dataset_config_name, settings.train_data_dir,
+        settings.image_column, settings.caption_column, settings.cache_dir,
+    )  # fmt: skip
+    rows = data.sample_rows(rows, settings.max_train_samples, seed)
+    prior_folder = models.locate(
+        "pretrained_prior_model_name_or_path",
+        settings.pretrained_prior_model_name_or_path,
+        settings.cache_dir,
+    )
+    encoder_folder = models.locate(
+        "image_encoder_name_or_path", settings.image_encoder_name_or_path, settings.cache_dir
+    )
+    text_folder = models.text_folder(prior_folder, settings.cache_dir)
+    models.check_parts(prior_folder, text_folder, encoder_folder)
+    fingerprint = data.check_rows(rows)
+
+    # ---- Length: a step is one update of the weights, whatever number of ranks share its batch.
+    batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+    global_batch = batch * accumulation * world
+    last_step = settings.max_train_steps
+    if last_step is None:
+        last_step = math.ceil(settings.num_train_epochs * len(rows) / global_batch)
+    steps = range(state["step"] + 1, last_step + 1)
+    if not steps:
+        say(f"Step {state['step']} is reached already: --max_train_steps would have to be larger.")
+
+    # ---- What makes it this run and no other; one that goes on must agree.
+    encoders = (encoder_folder, text_folder / "text_encoder", text_folder / "tokenizer")
+    identity = {
+        "global_batch": global_batch,
+        "data": fingerprint,
+        "encoders": dist.on_main(models.fingerprint, *encoders),
+        "prior": dist.on_main(models.fingerprint, models.prior_part(prior_folder)),
+        "world": world,
+    }
+    for change in changes + checkpoint.changes(state["identity"], identity):
+        say(f"changed since then: {change}")
+    dist.on_main(checkpoint.set_aside_later, output_dir, state["step"])
+
+    # ---- Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
+    compute_types = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    compute_type = compute_types[settings.mixed_precision]
+    autocast = torch.autocast(device.type, compute_type, enabled=compute_type != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=compute_type == torch.float16)
+    torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
+    torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+
+    # ---- The frozen encoders turn a batch into what the prior sees.
+    tokenizer, text_encoder = models.load_text(text_folder, compute_type)
+    text_encoder.to(device)
+    image_encoder = models.load_image_encoder(encoder_folder).to(device)  # fp32, as trained
+
+    @torch.no_grad()
+    def encode(samples):
+        """{"pixels": (B, 3, R, R), "captions": B texts} → (B, 16, h, w) fp32, (B, 77, D)."""
+        encoded = image_encoder(data.to_device(samples["pixels"], device))
+        text = models.encode_text(tokenizer, text_encoder, samples["captions"])
+        return diffusion.scale_latents(encoded), text
+
+    # ---- The network, frozen in the compute type, and by name what is trained: adapters in fp32.
+    prior = models.load_prior(prior_folder, compute_type).to(device).train()
+    models.check_fit(prior, text_encoder, image_encoder)
+    if settings.gradient_checkpointing:
+        prior.enable_gradient_checkpointing()
+
+    def adapt(prior):
+        """In the target layers W becomes W + (alpha/rank)·B·A, with A drawn and B zero."""
+        alpha = settings.rank if settings.lora_alpha is None else settings.lora_alpha
+        targets, dropout = settings.lora_targets, settings.lora_dropout
+        return lora.inject(prior, settings.rank, alpha, targets, dropout)
+
+    torch.manual_seed(seed)
+    trainable = adapt(prior)
+    if settings.lora_weights and not resumed:
+        lora.start_from(prior, settings.lora_weights)
+
+    # ---- What moves it; and, in a resumed run, how far it had come.
+    optimizer = optim.adamw(
+        trainable.values(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        eight_bit=settings.use_8bit_adam,
+    )
+    ema = optim.EMA(trainable, settings.ema_decay) if settings.use_ema else optim.NoEMA()
+    if resumed:
+        optim.copy_into(trainable, saved["weights"])
+        optim.copy_into(ema.average, saved.get("ema", {}))
+        optim.restore_state(optimizer, trainable, saved.get("optimizer", {}), state["optimizer"])
+        optim.restore_scaler(scaler, state["scaler"])
+    del saved  # it keeps the checkpoint's files open, which rotation wants to remove
+    updates = state["updates"]
+    schedule = optim.learning_rates(
+        optimizer,
+        settings.lr_scheduler,
+        warmup=settings.lr_warmup_steps,
+        total=last_step,
+        updates=updates,
+    )
+    model = dist.wrap(prior, device, autocast)
+
+    def save_checkpoint(step, updates):
+        """All that a resumed run needs; random numbers are not in it, they follow from the seed."""
+        tensors, numbers = optim.state_by_name(optimizer, trainable)
+        groups = {"weights": trainable, "optimizer": tensors, "ema": ema.average}
+        facts = {
+            "step": step, "updates": updates, "seed": seed, "identity": identity,
+            "settings": config.public(settings),
+            "scaler": scaler.state_dict(), "optimizer": numbers,
+        }  # fmt: skip
+        limit = settings.checkpoints_total_limit
+        dist.on_main(checkpoint.save, output_dir, step, groups, facts, limit)
+
+    # ---- The stream of samples from where we stand, and where the numbers go.
+    pairs = data.Pairs(rows, settings.resolution, seed, settings.caption_dropout)
+    cut = {"batch": batch, "accumulation": accumulation, "world": world}
+    places = (place for step in steps for place in draws.micro_batches(step, rank, **cut))
+    workers, pin_memory = settings.dataloader_num_workers, device.type == "cuda"
+    stream = data.batches(pairs, places, workers, pin_memory)
+    guard = optim.FiniteGuard(
+        fp16=scaler.is_enabled(),
+        rows_of=lambda step, rank: pairs.row_numbers(draws.micro_batches(step, rank, **cut)),
+    )
+    frozen = [text_encoder, image_encoder]
+    cost.announce(
+        settings, prior, trainable, frozen, compute_type,
+        rows=len(rows), world=world, steps=steps, adapt=adapt,
+    )  # fmt: skip
+    log_folder = output_dir / settings.logging_dir
+    log = Log(
+        settings.report_to,
+        log_folder,
+        every=settings.logging_steps,
+        steps=steps,
+        global_batch=global_batch,
+    )
+
+    # ================================================================================== the loop
+    for step in steps:
+        torch.manual_seed(draws.dropout_seed(seed, step, rank))  # for dropout inside the network
+        step_loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            samples = next(stream)
+            latents, text = encode(samples)                             # (B, 16, h, w), (B, 77, D)
+
+            # A sample's time and noise follow from the seed and its position in the stream.
+            uniform = draws.uniform(seed, samples["positions"])                              # (B,)
+            t = diffusion.timesteps(uniform, settings.timestep_sampling)                     # (B,)
+            noise = draws.noise(seed, samples["positions"], latents.shape[1:])     # (B, 16, h, w)
+            t, noise = data.to_device(t, device), data.to_device(noise, device)
+            noisy = diffusion.add_noise(latents, noise, t)                         # (B, 16, h, w)
+
+            with dist.sync_gradients(model, last=micro_step == accumulation - 1):
+                with autocast:
+                    predicted = model(noisy, t, text)                              # (B, 16, h, w)
+                error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))             # (B,)
+                weight = diffusion.loss_weight(t, settings.loss_weighting)                   # (B,)
+                loss = (weight * error).mean() / accumulation
+                scaler.scale(loss).backward()
+            step_loss += loss.detach()
+
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), settings.max_grad_norm)
+        finite = guard.check(step, step_loss, norm)  # reads the device, once a step
+        scaler.step(optimizer)  # in fp16, an overflowed gradient leaves the weights as they are
+        scaler.update()
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay in its buckets
+        log.step(step, step_loss, norm, schedule.get_last_lr()[0])
+        if finite:
+            updates += 1
+            schedule.step()
+            ema.update(updates)
+
+        if step % settings.checkpointing_steps == 0 or step == last_step:
+            save_checkpoint(step, updates)
+    # ============================================================================================
+
+    log.close()
+    result = output_dir / lora.FILE
+    with ema.in_place():
+        dist.on_main(lora.save, prior, result)
+    closing(result, log_folder, settings.report_to)
+
+
+if __name__ == "__main__":
+    dist.run(main, config.LoRASettings)
