@@ -8,13 +8,14 @@ what the CUDA context, gaps in the allocator and the encoders' passing needs tak
 leaves a tenth of each card free.
 """
 
+import contextlib
 import shutil
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from minwurst import dist, report
+from minwurst import dist, lora, report
 from minwurst.config import UserError
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
@@ -24,10 +25,13 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def activations(config, *, batch, cells, compute_type, gradient_checkpointing, tokens=77):
+def activations(
+    config, *, batch, cells, compute_type, gradient_checkpointing, tokens=77, adapt=None
+):
     """Bytes that one forward pass of the prior keeps for the backward pass.
 
-    config: the prior's. cells: side of the latent. Under autocast the weights' copies in the
+    config: the prior's. cells: side of the latent. adapt: puts adapters into a prior, whose other
+    weights are then frozen in the compute type. Under autocast the weights' copies in the
     compute type are among them; with gradient checkpointing the blocks that are computed again
     together in the backward pass come on top.
     """
@@ -39,11 +43,14 @@ def activations(config, *, batch, cells, compute_type, gradient_checkpointing, t
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        with FakeTensorMode():
+        with FakeTensorMode(), default_type(compute_type if adapt else torch.float32):
             prior = WuerstchenPrior(**{**config, "depth": depth})
+            if adapt:
+                adapt(prior)
             prior.gradient_checkpointing = recompute
-            noisy = torch.empty(batch, config["c_in"], cells, cells)
-            t, text = torch.empty(batch), torch.empty(batch, tokens, config["c_cond"])
+            noisy = torch.empty(batch, config["c_in"], cells, cells, dtype=torch.float32)
+            t = torch.empty(batch, dtype=torch.float32)
+            text = torch.empty(batch, tokens, config["c_cond"], dtype=compute_type)
             autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
             with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
                 prior(noisy, t, text)
@@ -51,10 +58,25 @@ def activations(config, *, batch, cells, compute_type, gradient_checkpointing, t
                 storages.pop(weight.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in storages.values())
 
+    depth = config["depth"]
+    if adapt:  # targets may name single blocks
+        recomputed = kept(depth, False) // depth if gradient_checkpointing else 0
+        return kept(depth, gradient_checkpointing) + recomputed
     # Each three blocks keep the same, so two shallow networks tell what any depth keeps.
     one, two = kept(1, gradient_checkpointing), kept(2, gradient_checkpointing)
     recomputed = kept(2, False) - kept(1, False) if gradient_checkpointing else 0
-    return one + (config["depth"] - 1) * (two - one) + recomputed
+    return one + (depth - 1) * (two - one) + recomputed
+
+
+@contextlib.contextmanager
+def default_type(dtype):
+    """Within the context torch makes tensors of this type where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def memory(total, trained, *, compute_type, use_8bit_adam, use_ema, gradient_checkpointing, **more):
@@ -77,10 +99,13 @@ def size_of(module):
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-def announce(settings, prior, trainable, frozen, compute_type, *, rows, world, steps):
+def announce(
+    settings, prior, trainable, frozen, compute_type, *, rows, world, steps, adapt=None
+):
     """Say what the run will do and take; UserError where the disk can't hold it.
 
-    trainable: parameters by name. frozen: the encoders. steps: the range of steps to come.
+    trainable: parameters by name. frozen: the encoders. steps: the range of steps to come. adapt:
+    as in `activations`.
     """
     total = sum(weight.numel() for weight in prior.parameters())
     trained = sum(weight.numel() for weight in trainable.values())
@@ -97,22 +122,23 @@ def announce(settings, prior, trainable, frozen, compute_type, *, rows, world, s
     }
     adam = {"use_8bit_adam": settings.use_8bit_adam, "use_ema": settings.use_ema}
     cells = settings.resolution // 32
-    kept = activations(dict(prior.config), batch=settings.train_batch_size, cells=cells, **common)
+    batch = settings.train_batch_size
+    kept = activations(dict(prior.config), batch=batch, cells=cells, adapt=adapt, **common)
     needs = memory(total, trained, **common, **adam, encoders=encoders, activations=kept)
     listed = ", ".join(f"{purpose} {gib(count)}" for purpose, count in needs.items())
     report.say(f"trains {trained:,} of {total:,} parameters")
     report.say(f"memory on each device, about {gib(sum(needs.values()))}: {listed}")
 
-    dist.on_main(check_disk, settings, trained, total, len(steps))
+    dist.on_main(check_disk, settings, trained, len(steps))
 
 
-def check_disk(settings, trained, total, steps):
+def check_disk(settings, trained, steps):
     """The disk's part of `announce`: what checkpoints and result take, and what is free."""
     checkpoint = (4 + (2 if settings.use_8bit_adam else 8) + 4 * settings.use_ema) * trained
     saves = steps // settings.checkpointing_steps + 1
     limit = settings.checkpoints_total_limit
     at_once = min(saves, limit + 1) if limit else saves  # the new comes before the old goes
-    needed = at_once * checkpoint + 4 * total  # and the text encoder's copy in the result
+    needed = at_once * checkpoint + 4 * trained  # the result; the text encoder's copy not counted
     free = shutil.disk_usage(settings.output_dir).free
     report.say(f"disk: {gib(checkpoint)} a checkpoint, {gib(needed)} in all, {gib(free)} free")
     if free < min(needed, 2 * checkpoint):
@@ -136,27 +162,40 @@ def main():
         image_encoder = size_of(EfficientNetEncoder())
     text_encoder = 2 * 694_659_840  # CLIP ViT-bigG's text tower in half precision
     cards = (16, 24, 48, 80)
-    print("| train.py --mixed_precision=bf16 and | batch 1 |", *(f"{card} GB |" for card in cards))
+    print("| with --mixed_precision=bf16 | batch 1 |", *(f"{card} GB |" for card in cards))
     print("|---|---|" + "---|" * len(cards))
-    for flags in (
-        "",
-        "--gradient_checkpointing",
-        "--gradient_checkpointing --use_ema",
-        "--gradient_checkpointing --use_8bit_adam",
+
+    def adapt(prior):
+        return lora.inject(prior, 4, 4, ["attention"])
+
+    with torch.device("meta"):
+        adapters = sum(weight.numel() for weight in adapt(WuerstchenPrior(**PUBLISHED)).values())
+    for command in (
+        "train.py",
+        "train.py --gradient_checkpointing",
+        "train.py --gradient_checkpointing --use_ema",
+        "train.py --gradient_checkpointing --use_8bit_adam",
+        "lora.py --rank=4",
+        "lora.py --rank=4 --gradient_checkpointing",
     ):
+        full = command.startswith("train.py")
         common = {
             "compute_type": torch.bfloat16,
-            "gradient_checkpointing": "--gradient_checkpointing" in flags,
+            "gradient_checkpointing": "--gradient_checkpointing" in command,
         }
-        one, two = (activations(PUBLISHED, batch=b, cells=24, **common) for b in (1, 2))
+        one, two = (
+            activations(PUBLISHED, batch=b, cells=24, adapt=None if full else adapt, **common)
+            for b in (1, 2)
+        )
         needs = memory(
-            total, total, **common, use_8bit_adam="8bit" in flags, use_ema="ema" in flags,
+            total if full else total + adapters, total if full else adapters, **common,
+            use_8bit_adam="8bit" in command, use_ema="ema" in command,
             encoders=text_encoder + image_encoder, activations=one,
         )  # fmt: skip
         first = sum(needs.values())
         room = [int((0.9 * card * 1e9 - first) // (two - one)) + 1 for card in cards]
         fits = [f"batch {batch} |" if batch > 0 else "– |" for batch in room]
-        print(f"| `{flags}` |" if flags else "| nothing else |", f"{gib(first)} |", *fits)
+        print(f"| `{command}` | {gib(first)} |", *fits)
 
 
 if __name__ == "__main__":
