@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import os
 import sys
+import time
 import traceback
 import warnings
 
@@ -37,6 +38,8 @@ def run(main, kind):
             traceback.print_exc()
         elif error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        else:  # leaving first would have torchrun end the rank that speaks before it has spoken
+            time.sleep(10)
         sys.stdout.flush(), sys.stderr.flush()
         if world_size() > 1:  # leaving in good order can hang while others still wait for us
             os._exit(2 if mistake else 1)
