@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lora
 import train
 from minwurst import config
 from tests import tiny
@@ -67,13 +68,17 @@ def flags(wuerstchen, output_dir, **changed):
         "report_to": "none",
         **changed,
     }
-    given = {name: value for name, value in settings.items() if value not in (None, False)}
+    given = {n: value for n, value in settings.items() if value is not None and value is not False}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
-def train_here(wuerstchen, output_dir, **changed):
-    """train.py in this process, which saves the seconds that imports take. Returns output_dir."""
-    train.main(config.parse(config.Settings, flags(wuerstchen, output_dir, **changed)))
+SCRIPTS = {"train.py": (train.main, config.Settings), "lora.py": (lora.main, config.LoRASettings)}
+
+
+def train_here(wuerstchen, output_dir, script="train.py", **changed):
+    """A script in this process, which saves the seconds that imports take. Returns output_dir."""
+    main, kind = SCRIPTS[script]
+    main(config.parse(kind, flags(wuerstchen, output_dir, **changed)))
     return Path(output_dir)
 
 
@@ -97,11 +102,11 @@ def command(*words, check=True, **variables):
     return process.returncode, printed
 
 
-def torchrun(ranks, wuerstchen, output_dir, **changed):
-    """train.py on several ranks of this machine. Returns output_dir."""
+def torchrun(ranks, wuerstchen, output_dir, script="train.py", **changed):
+    """A script on several ranks of this machine. Returns output_dir."""
     agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     agent += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    command(*agent, "train.py", *flags(wuerstchen, output_dir, **changed))
+    command(*agent, script, *flags(wuerstchen, output_dir, **changed))
     return Path(output_dir)
 
 

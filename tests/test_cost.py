@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from minwurst import cost
+from minwurst import cost, lora
 from minwurst.config import UserError
 from tests import tiny
 from tests.conftest import train_here
@@ -12,9 +12,11 @@ from tests.conftest import train_here
 CONFIG = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 5, "nhead": 4, "dropout": 0.1}
 
 
-def kept_for_real(recompute, compute_type):
+def kept_for_real(recompute, compute_type, adapt=None):
     """Bytes of the distinct tensors that autograd keeps of a real forward pass, weights apart."""
     prior = tiny.make_prior(**CONFIG).train()
+    if adapt:
+        adapt(prior.to(compute_type))
     prior.gradient_checkpointing = recompute
     weights = {weight.untyped_storage().data_ptr() for weight in prior.parameters()}
     storages = {}
@@ -25,7 +27,7 @@ def kept_for_real(recompute, compute_type):
             storages[storage.data_ptr()] = storage  # alive, so that no address comes twice
         return tensor
 
-    inputs = torch.randn(3, 16, 6, 6), torch.rand(3), torch.randn(3, 77, 32)
+    inputs = torch.randn(3, 16, 6, 6), torch.rand(3), torch.randn(3, 77, 32, dtype=compute_type)
     autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
     with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
         prior(*inputs)
@@ -38,6 +40,27 @@ def test_activations_are_those_of_a_real_pass(compute_type):
         CONFIG, batch=3, cells=6, compute_type=compute_type, gradient_checkpointing=False
     )
     assert counted == pytest.approx(kept_for_real(False, compute_type), rel=0.02)
+
+
+def test_activations_of_adapters_are_those_of_a_real_pass():
+    """Frozen weights in bf16 are no copies, and frozen layers keep less."""
+
+    def adapt(prior):
+        return lora.inject(prior, 4, 4, ["attention"])
+
+    adapted, full = (
+        cost.activations(
+            CONFIG,
+            batch=3,
+            cells=6,
+            compute_type=torch.bfloat16,
+            gradient_checkpointing=False,
+            adapt=a,
+        )
+        for a in (adapt, None)
+    )
+    assert adapted == pytest.approx(kept_for_real(False, torch.bfloat16, adapt), rel=0.02)
+    assert adapted < full
 
 
 def test_recomputing_counts_what_it_keeps_and_one_triple_of_blocks():

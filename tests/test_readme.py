@@ -5,7 +5,7 @@ import shlex
 import sys
 
 from minwurst import cost
-from minwurst.config import Settings, parse
+from minwurst.config import LoRASettings, parse
 from tests.conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +17,8 @@ def lines(name):
 
 def test_every_file_stands_in_the_table_with_its_lines():
     listed = dict(re.findall(r"^\| \[([\w/.]+)\].*\| (\d+) \|$", README, re.MULTILINE))
-    files = ["train.py", *(f"minwurst/{path.name}" for path in (ROOT / "minwurst").glob("*.py"))]
+    package = [f"minwurst/{path.name}" for path in (ROOT / "minwurst").glob("*.py")]
+    files = ["train.py", "lora.py", *package]
     files.remove("minwurst/__init__.py")
     assert {name: int(count) for name, count in listed.items()} == {f: lines(f) for f in files}
 
@@ -37,10 +38,10 @@ def test_the_memory_table_is_what_its_command_prints(capsys):
 
 def test_its_commands_parse():
     text = README.replace("\\\n", " ").replace("=$DATASET_NAME", "=owner/name")
-    found = re.findall(r"train\.py((?: +--[\w=\"./-]+)+)", text)
-    assert len(found) >= 2
+    found = re.findall(r"(?<!/)(?:train|lora)\.py((?: +--[\w=\"./-]+)+)", text)
+    assert len(found) >= 8
     for words in (words for words in found if "--help" not in words):
-        parse(Settings, ["--train_data_dir=x", *shlex.split(words)])
+        parse(LoRASettings, ["--train_data_dir=x", *shlex.split(words)])
 
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):

@@ -142,9 +142,9 @@ def test_eight_bit_adam_resumes_too(wuerstchen, tmp_path):
     assert torch.uint8 in {tensor.dtype for tensor in saved(whole / "checkpoint-4").values()}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_resumed_run_is_the_same_run_on_ranks(wuerstchen, tmp_path, ranks):
-    settings = {**EVERYTHING, "train_batch_size": 1}
+@pytest.mark.parametrize(("script", "ranks"), [("train.py", 2), ("train.py", 3), ("lora.py", 3)])
+def test_resumed_run_is_the_same_run_on_ranks(wuerstchen, tmp_path, script, ranks):
+    settings = {**EVERYTHING, "train_batch_size": 1, "script": script}
     whole = torchrun(ranks, wuerstchen, tmp_path / "whole", **settings)
     parts = torchrun(ranks, wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
     torchrun(ranks, wuerstchen, parts, **settings, resume_from_checkpoint="latest")
@@ -214,14 +214,15 @@ def test_two_ranks_equal_one_and_a_resumed_run_may_change_ranks(
     assert_same_run(two, one_process)
 
 
-def test_two_machines_equal_one(still_wuerstchen, tmp_path):
+@pytest.mark.parametrize("script", ["train.py", "lora.py"])
+def test_two_machines_equal_one(still_wuerstchen, tmp_path, script):
     """Two torchrun agents with one process each against one agent with two."""
-    one = torchrun(2, still_wuerstchen, tmp_path / "one", train_batch_size=2)
+    one = torchrun(2, still_wuerstchen, tmp_path / "one", script, train_batch_size=2)
     port = free_port()
     agents = [
         start(
             sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
-            "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", "train.py",
+            "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", script,
             *flags(still_wuerstchen, tmp_path / "two", train_batch_size=2),
         )
         for node in (0, 1)

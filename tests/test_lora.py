@@ -1,0 +1,386 @@
+"""LoRA: nothing changes at first, merged is wrapped, files mean the same in diffusers and PEFT."""
+
+import sys
+
+import diffusers
+import peft
+import pytest
+import torch
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from minwurst import config, lora, models
+from minwurst.config import UserError
+from tests import tiny
+from tests.conftest import ROOT, command, relative
+
+Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
+INPUTS = torch.randn(2, 16, 3, 3), torch.tensor([0.3, 0.8]), torch.randn(2, 77, 32)
+
+
+def make_prior(dtype=torch.float32):
+    torch.manual_seed(0)
+    prior = tiny.make_prior(dropout=0.0).eval()
+    return prior if dtype == torch.float32 else prior.to(dtype)
+
+
+def make_adapted(rank=4, alpha=8.0, targets=("attention",)):
+    """A prior with adapters that do something."""
+    prior = make_prior()
+    lora.inject(prior, rank, alpha, targets)
+    with torch.no_grad():
+        for adapter in lora.adapters(prior).values():
+            adapter.lora_B.normal_(std=0.2)
+    return prior
+
+
+@torch.no_grad()
+def predict(prior, autocast=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return prior(*INPUTS)
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("all-linear",)])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_fresh_adapter_changes_nothing(targets, half):
+    prior = make_prior(torch.bfloat16 if half else torch.float32)
+    before = predict(prior, half)
+    trainable = lora.inject(prior, 4, 4, targets)
+    assert torch.equal(predict(prior, half), before)
+    assert {w.dtype for w in trainable.values()} == {torch.float32}
+    assert {n for n, w in prior.named_parameters() if w.requires_grad} == trainable.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_without_autocast(tmp_path, dtype):
+    """As one samples: a prior in half precision, its adapters in fp32."""
+    lora.save(make_adapted(), tmp_path / lora.FILE)
+    expected = predict(lora.load(make_prior(), tmp_path))
+    prior = lora.load(make_prior(dtype), tmp_path)
+    with torch.no_grad():
+        x, t, text = INPUTS
+        found = prior(x.to(dtype), t, text.to(dtype))
+    assert found.dtype == dtype and relative(found, expected) < 0.05
+
+
+def test_scale():
+    prior, base = make_adapted(), predict(make_prior())
+    trained = predict(prior)
+    assert relative(trained, base) > 0.001
+    lora.set_scale(prior, 0)
+    assert torch.equal(predict(prior), base)
+    lora.set_scale(prior, 0.5)
+    halfway = predict(prior)
+    assert not torch.equal(halfway, base) and not torch.equal(halfway, trained)
+    lora.set_scale(prior, 1)
+    assert torch.equal(predict(prior), trained)
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("all-linear",)])
+@pytest.mark.parametrize("scale", [1.0, -0.5, 2.0])
+def test_merged_is_wrapped(targets, scale):
+    prior = make_adapted(targets=targets)
+    lora.set_scale(prior, scale)
+    wrapped = predict(prior)
+    merged = lora.merge(prior)
+    assert not lora.adapters(merged)
+    assert merged.state_dict().keys() == make_prior().state_dict().keys()
+    assert relative(predict(merged), wrapped) < 1e-6
+
+
+def test_presets_and_names():
+    prior = make_prior()
+    attention = lora.find_targets(prior, ["attention"])
+    assert len(attention) == 8 and "blocks.2.attention.to_out.0" in attention
+    every = lora.find_targets(prior, ["all-linear"])
+    linear = [n for n, m in prior.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert every == linear and len(every) == 18
+    assert lora.find_targets(prior, ["channelwise.0", "kv_mapper.1", "to_q"]) == [
+        "blocks.0.channelwise.0", "blocks.2.attention.to_q", "blocks.2.kv_mapper.1",
+        "blocks.3.channelwise.0", "blocks.5.attention.to_q", "blocks.5.kv_mapper.1",
+    ]  # fmt: skip
+
+
+# ---- The same in diffusers and PEFT.
+
+
+def reference_pipeline(wuerstchen):
+    tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
+    prior = Reference.from_config(make_prior().config)
+    prior.load_state_dict(make_prior().state_dict())
+    return diffusers.WuerstchenPriorPipeline(
+        tokenizer, text_encoder, prior.eval(), diffusers.DDPMWuerstchenScheduler()
+    )
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("all-linear",)])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 16.0), (8, 3.0)])
+def test_our_file_in_diffusers(wuerstchen, tmp_path, targets, rank, alpha):
+    prior = make_adapted(rank, alpha, targets)
+    lora.save(prior, tmp_path / lora.FILE)
+    pipeline = reference_pipeline(wuerstchen)
+    before = predict(pipeline.prior)
+    pipeline.load_lora_weights(tmp_path, weight_name=lora.FILE)
+    assert relative(predict(prior), before) > 0.001
+    assert relative(predict(pipeline.prior), predict(prior)) < 1e-5
+    again = lora.load(make_prior(), tmp_path)
+    assert relative(predict(again), predict(prior)) < 1e-6
+
+
+def peft_prior(alpha, targets):
+    """diffusers' prior with PEFT's adapters that do something."""
+    prior = Reference.from_config(make_prior().config)
+    prior.load_state_dict(make_prior().state_dict())
+    prior.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    with torch.no_grad():
+        for name, weight in prior.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    return prior.eval()
+
+
+ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+def test_a_file_of_the_reference_script(tmp_path):
+    """Written by the calls with which the reference script ends."""
+    prior = peft_prior(alpha=4, targets=ATTENTION)
+    diffusers.WuerstchenPriorPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(prior)
+    )
+    assert relative(predict(lora.load(make_prior(), tmp_path)), predict(prior)) < 1e-5
+
+
+def test_a_file_with_metadata_of_diffusers(tmp_path):
+    """save_lora_adapter of newer versions keeps alpha in the file's metadata."""
+    prior = peft_prior(alpha=12, targets=ATTENTION)
+    prior.save_lora_adapter(tmp_path)
+    found = lora.load(make_prior(), tmp_path)
+    assert relative(predict(found), predict(prior)) < 1e-5
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_folder_of_peft(tmp_path, rslora):
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=ATTENTION,
+        init_lora_weights=False,
+        use_rslora=rslora,
+        alpha_pattern={r"blocks\.\d+\.attention\.to_q": 16, "o_k": 99},
+    )
+    reference = Reference.from_config(make_prior().config)
+    reference.load_state_dict(make_prior().state_dict())
+    wrapped = peft.get_peft_model(reference.eval(), settings)
+    wrapped.save_pretrained(tmp_path)
+    found = lora.load(make_prior(), tmp_path)
+    with torch.no_grad():
+        assert relative(predict(found), wrapped(*INPUTS)) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [("attention", ATTENTION), ("all-linear", None)], ids=str)
+def test_training_steps_equal_pefts(targets):
+    """Adapter weights after 5 AdamW steps from the same start, on the same data."""
+    preset, names = targets
+    ours = make_prior().train()
+    trainable = lora.inject(ours, 4, 8.0, [preset])
+    names = names or [name.removesuffix(".base") for name in lora.adapters(ours)]
+    theirs = Reference.from_config(make_prior().config)
+    theirs.load_state_dict(make_prior().state_dict())
+    theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    pairs = {}
+    for name, weight in theirs.named_parameters():
+        if "lora_" in name:
+            mine = trainable[name.replace(".default.weight", "")]
+            weight.data.copy_(mine.data)
+            pairs[name] = (mine, weight)
+    assert len(pairs) == len(trainable)
+    optimizers = [
+        torch.optim.AdamW([pair[i] for pair in pairs.values()], lr=1e-3, eps=1e-6) for i in (0, 1)
+    ]
+    for step in range(5):
+        for model, optimizer in zip((ours, theirs.train()), optimizers, strict=True):
+            torch.manual_seed(step)
+            noise = torch.randn(2, 16, 3, 3)
+            loss = (model(*INPUTS) - noise).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, (mine, weight) in pairs.items():
+        assert relative(mine, weight) < 1e-5, name
+
+
+# ---- Files and mistakes.
+
+
+def test_start_from_a_file(tmp_path):
+    prior = make_adapted(4, 8.0)
+    lora.save(prior, tmp_path / lora.FILE)
+    fresh = make_prior()
+    lora.inject(
+        fresh, 4, 2.0, ["attention"]
+    )  # another alpha: the function is the same all the same
+    lora.start_from(fresh, tmp_path / lora.FILE)
+    assert relative(predict(fresh), predict(prior)) < 1e-6
+    other = make_prior()
+    lora.inject(other, 2, 2.0, ["attention"])
+    with pytest.raises(UserError, match="has rank 4, --rank is 2"):
+        lora.start_from(other, tmp_path / lora.FILE)
+    other = make_prior()
+    lora.inject(other, 4, 4.0, ["to_q"])
+    with pytest.raises(UserError, match="is in only one of it and --lora_targets"):
+        lora.start_from(other, tmp_path / lora.FILE)
+
+
+def test_mistakes_in_targets_and_rank():
+    for rank in (0, 65):
+        with pytest.raises(
+            UserError, match=f"--rank is {rank}; blocks.2.attention.to_q takes 1 to 64"
+        ):
+            lora.inject(make_prior(), rank, 4, ["attention"])
+    with pytest.raises(UserError, match="--lora_targets to_qq matches no layer; near it: .*to_q"):
+        lora.inject(make_prior(), 4, 4, ["to_qq"])
+    with pytest.raises(UserError, match="--lora_targets add_k_proj matches no layer"):
+        lora.inject(make_prior(), 4, 4, ["to_k", "add_k_proj"])
+    with pytest.raises(UserError, match="to_out: that is no linear layer. In it: to_out.0"):
+        lora.inject(make_prior(), 4, 4, ["to_out"])
+    with pytest.raises(UserError, match="--lora_targets depthwise: that is no linear layer"):
+        lora.inject(make_prior(), 4, 4, ["depthwise"])
+
+
+def broken(tmp_path, change):
+    """A good file, changed."""
+    file = tmp_path / lora.FILE
+    lora.save(make_adapted(), file)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+KEY = "prior.blocks.2.attention.to_q.lora_A.weight"
+
+
+def rename(tensors, old, new):
+    tensors.update({key.replace(old, new): tensors.pop(key) for key in list(tensors)})
+
+
+MISTAKES = {
+    "kohya": (
+        lambda t: t.update({"lora_unet_2.alpha": torch.ones(1)}),
+        "the key lora_unet_2.alpha",
+    ),
+    "alpha": (
+        lambda t: t.update({KEY.replace("lora_A.weight", "alpha"): torch.ones(1)}),
+        "to_q.alpha",
+    ),
+    "half a pair": (lambda t: t.pop(KEY), "the factors of blocks.2.attention.to_q are no A and B"),
+    "another width": (lambda t: t.update({KEY: torch.ones(4, 7)}), "to_q is 7 → 64 wide there"),
+    "another depth": (
+        lambda t: rename(t, "blocks.2.", "blocks.77."),
+        "is for another model: the prior has no layer blocks.77.attention",
+    ),
+    "empty": (lambda t: t.clear(), "holds no adapters"),
+    "flat": (
+        lambda t: t.update({KEY: torch.ones(4)}),
+        "the factors of blocks.2.attention.to_q are no",
+    ),
+    "rank 0": (lambda t: t.update({KEY: torch.ones(0, 64)}), "to_q are no A and B"),
+    "twice": (
+        lambda t: t.update({KEY.removeprefix("prior."): torch.ones(4, 64)}),
+        "is there twice",
+    ),
+    "convolution": (
+        lambda t: rename(t, "blocks.2.attention.to_q", "projection"),
+        "projection is no linear layer",
+    ),
+    "PEFT alone": (
+        lambda t: rename(t, "prior.", "base_model.model."),
+        "its alpha is in .*config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistakes_in_files(tmp_path, kind):
+    change, said = MISTAKES[kind]
+    with pytest.raises(UserError, match=said):
+        lora.load(make_prior(), broken(tmp_path, change))
+
+
+@pytest.mark.parametrize("stored", ["{", "[1]", '{"prior.lora_alpha": null}'])
+def test_broken_settings_in_files(tmp_path, stored):
+    file = tmp_path / lora.FILE
+    tensors = lora.state_dict(make_adapted())
+    save_file(tensors, file, metadata={"lora_adapter_metadata": stored})
+    with pytest.raises(UserError, match="its settings can't be read"):
+        lora.read(file)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        lora.read(tmp_path)
+    file = broken(tmp_path, lambda tensors: None)
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(UserError, match="can't be read"):
+        lora.read(file)
+
+
+def test_the_program(wuerstchen, tmp_path):
+    prior = models.load_prior(wuerstchen)
+    lora.inject(prior, 4, 8.0, ["attention"])
+    with torch.no_grad():
+        for adapter in lora.adapters(prior).values():
+            adapter.lora_B.normal_(std=0.2)
+    lora.save(prior, tmp_path / lora.FILE)
+    run = (sys.executable, "-m", "minwurst.lora")
+    _, printed = command(*run, "show", tmp_path)
+    assert "8 layers, 4,096 parameters" in printed and "attention.to_q: 2 × rank 4" in printed
+    command(*run, "merge", tmp_path, wuerstchen, tmp_path / "merged", "--scale", "0.5")
+    lora.set_scale(prior.eval(), 0.5)
+    assert relative(predict(models.load_prior(tmp_path / "merged")), predict(prior)) < 1e-5
+    code, printed = command(*run, "merge", tmp_path, wuerstchen, wuerstchen, check=False)
+    assert code != 0 and "is there already: name a new folder" in printed
+    code, printed = command(*run, "show", tmp_path / "nothing", check=False)
+    assert code != 0 and "Traceback" not in printed and "there is no such file" in printed
+
+
+# ---- The twin.
+
+
+def loop(script):
+    rule = "    # ====="
+    text = (ROOT / script).read_text(encoding="utf-8")
+    assert text.count(rule) == 2
+    return text[text.index(rule) : text.rindex(rule)]
+
+
+def test_the_loops_are_byte_identical():
+    assert loop("train.py") == loop("lora.py")
+
+
+def test_the_seeds_second_command_parses():
+    settings = config.parse(
+        config.LoRASettings,
+        [
+            "--mixed_precision=fp16", "--dataset_name=lambdalabs/naruto-blip-captions",
+            "--caption_column=text", "--resolution=768", "--train_batch_size=8",
+            "--num_train_epochs=100", "--checkpointing_steps=5000", "--learning_rate=1e-04",
+            "--lr_scheduler=constant", "--lr_warmup_steps=0", "--seed=42", "--rank=4",
+            "--validation_prompt=cute dragon creature", "--report_to=wandb", "--push_to_hub",
+            "--output_dir=wuerstchen-prior-naruto-lora",
+        ],
+    )  # fmt: skip
+    assert settings.validation_prompts == ["cute dragon creature"] and settings.rank == 4
+    for flag in ("--rank=0", "--lora_alpha=0", "--lora_dropout=1"):
+        with pytest.raises(UserError, match=flag.split("=")[0]):
+            config.parse(config.LoRASettings, ["--train_data_dir=x", flag])
+
+
+def test_metadata_is_not_written(tmp_path):
+    """alpha/rank is in B already: metadata besides would have diffusers scale twice."""
+    file = tmp_path / lora.FILE
+    lora.save(make_adapted(4, 8.0), file)
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
