@@ -151,10 +151,11 @@ def test_resumed_run_is_the_same_run_on_ranks(wuerstchen, tmp_path, script, rank
     assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
 
 
-def test_a_finished_run_is_extended(wuerstchen, tmp_path):
-    longer = train_here(wuerstchen, tmp_path / "longer", max_train_steps=5)
-    extended = train_here(wuerstchen, tmp_path / "extended", max_train_steps=3)
-    train_here(wuerstchen, extended, max_train_steps=5, resume_from_checkpoint="latest")
+@pytest.mark.parametrize("script", ["train.py", "lora.py"])
+def test_a_finished_run_is_extended(wuerstchen, tmp_path, script):
+    longer = train_here(wuerstchen, tmp_path / "longer", script, max_train_steps=5)
+    extended = train_here(wuerstchen, tmp_path / "extended", script, max_train_steps=3)
+    train_here(wuerstchen, extended, script, max_train_steps=5, resume_from_checkpoint="latest")
     assert_bitwise_equal(longer / "checkpoint-5", extended / "checkpoint-5")
 
 
