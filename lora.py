@@ -10,12 +10,16 @@ two rules they are the same to the letter. `--help` lists the settings.
     D  width of the text states      step  optimizer steps, counted from 1
 """
 
+import functools
 import math
 
 import torch
 
-from minwurst import checkpoint, config, cost, data, diffusion, dist, draws, lora, models, optim
-from minwurst.report import Log, closing, opening, say
+from minwurst import (
+    checkpoint, config, cost, data, diffusion, dist, draws, hub, lora, models, optim, pictures,
+    pipelines, validation,
+)  # fmt: skip
+from minwurst.report import Log, check_trackers, closing, make_trackers, opening, say, write_run
 
 
 def main(settings):
@@ -26,6 +30,12 @@ def main(settings):
     saved, state = checkpoint.load(resumed) if resumed else ({}, checkpoint.FRESH)
     seed = settings.seed = dist.on_main(draws.choose_seed, settings.seed, state["seed"])
     opening(settings, device, world, resumed)
+    dist.on_main(check_trackers, settings.report_to)
+    if settings.push_to_hub:  # a wrong token fails now
+        settings.hub_model_id = dist.on_main(
+            hub.make_repository, settings.hub_model_id or output_dir.resolve().name,
+            settings.hub_private, settings.hub_token,
+        )  # fmt: skip
     changes = checkpoint.changes(state["settings"], config.public(settings))
 
     # ---- Data and models are found; then every row is read once, before anything large is loaded.
@@ -44,7 +54,13 @@ def main(settings):
     )
     text_folder = models.text_folder(prior_folder, settings.cache_dir)
     models.check_parts(prior_folder, text_folder, encoder_folder)
+    decoder_folder = None
+    if settings.validation_prompts and settings.validation_decoder == "full":
+        decoder_folder = pipelines.find_decoder(
+            settings.pretrained_decoder_model_name_or_path, settings.cache_dir
+        )
     fingerprint = data.check_rows(rows)
+    rows, held_out = data.hold_out(rows, settings.validation_split, seed)
 
     # ---- Length: a step is one update of the weights, whatever number of ranks share its batch.
     batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
@@ -159,14 +175,39 @@ def main(settings):
         settings, prior, trainable, frozen, compute_type,
         rows=len(rows), world=world, steps=steps, adapt=adapt,
     )  # fmt: skip
-    log_folder = output_dir / settings.logging_dir
-    log = Log(
-        settings.report_to,
-        log_folder,
-        every=settings.logging_steps,
-        steps=steps,
-        global_batch=global_batch,
+    public, log_folder = config.public(settings), output_dir / settings.logging_dir
+    run = dist.on_main(
+        write_run, output_dir / "run.json", public, identity, last_step, device, resumed
     )
+    project = settings.tracker_project_name
+    trackers = make_trackers(settings.report_to, log_folder, steps.start, project, run)
+    log = Log(trackers, every=settings.logging_steps, steps=steps, global_batch=global_batch)
+
+    # ---- Validation, before, during and after: pictures of the prompts, the loss on other rows.
+    looks, prompts, picture_folder = [], settings.validation_prompts, output_dir / "validation"
+
+    def make_decoder():
+        if settings.validation_decoder == "preview":
+            return pictures.PreviewDecoder(pairs, encode)
+        return pictures.FullDecoder(decoder_folder, device, half=compute_type != torch.float32)
+
+    if prompts:
+        models.tell_cut(tokenizer, prompts)
+        encode_prompts = functools.partial(models.encode_text, tokenizer, text_encoder)
+        looks += [validation.Draw(
+            prior, autocast, log, prompts, seed=seed, cells=settings.resolution // 32,
+            encode=encode_prompts, decoder=make_decoder, folder=picture_folder,
+        )]  # fmt: skip
+    if held_out:
+        others = data.Pairs(held_out, settings.resolution, draws.held_out_seed(seed))
+        looks += [validation.HeldOutLoss(
+            prior, autocast, log, others, encode, batch=batch, workers=workers, device=device
+        )]  # fmt: skip
+    every = settings.validation_steps
+    every = every or max(1, round(settings.validation_epochs * len(rows) / global_batch))
+    validate = validation.Validation(prior, ema, log, looks, every=every, last_step=last_step)
+    if not resumed:
+        validate(0)
 
     # ================================================================================== the loop
     for step in steps:
@@ -204,6 +245,7 @@ def main(settings):
             schedule.step()
             ema.update(updates)
 
+        validate(step)
         if step % settings.checkpointing_steps == 0 or step == last_step:
             save_checkpoint(step, updates)
     # ============================================================================================
@@ -212,8 +254,8 @@ def main(settings):
     result = output_dir / lora.FILE
     with ema.in_place():
         dist.on_main(lora.save, prior, result)
-    closing(result, log_folder, settings.report_to)
+    closing(result, picture_folder / validation.Draw.BOTH, log_folder, settings.report_to)
 
 
 if __name__ == "__main__":
-    dist.run(main, config.LoRASettings)
+    dist.run(main, hub.share, config.LoRASettings)

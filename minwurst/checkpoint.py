@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 FRESH = {"step": 0, "updates": 0, "seed": None, "settings": {}, "identity": {}}
 
 
-def make_folder(output_dir):
+def make_folder(output_dir, flag="output_dir"):
     """The output folder as a Path, made if need be; UserError where it can't be written."""
     folder = Path(output_dir)
     try:
@@ -40,7 +40,7 @@ def make_folder(output_dir):
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} can't be written: {error.strerror}.") from None
+        raise UserError(f"--{flag} {output_dir} can't be written: {error.strerror}.") from None
     return folder
 
 
@@ -220,8 +220,9 @@ FREE = """
     dataset_name dataset_config_name train_data_dir image_column caption_column
     output_dir cache_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     lora_weights
-    logging_dir logging_steps report_to tracker_project_name validation_prompts validation_epochs
-    pretrained_decoder_model_name_or_path push_to_hub hub_token hub_model_id
+    logging_dir logging_steps report_to tracker_project_name
+    validation_prompts validation_epochs validation_steps validation_decoder
+    pretrained_decoder_model_name_or_path push_to_hub hub_model_id hub_private
 """.split()
 # What stands behind the names in a run's identity, for the message that refuses a change.
 MEANING = {

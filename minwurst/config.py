@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.util
 import os
+import sys
 
 
 class UserError(Exception):
@@ -19,9 +20,13 @@ class UserError(Exception):
     alone = False  # True where one rank alone met it, and the others know nothing of it
 
 
-def setting(default, help, **argparse_options):
-    """A field with its flag's help text; further options go to argparse's `add_argument`."""
-    return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
+def setting(default, help, secret=False, **argparse_options):
+    """A field with its flag's help text; further options go to argparse's `add_argument`.
+
+    What is secret stays out of the dataclass's printed form and of `public`.
+    """
+    metadata = {"help": help, **argparse_options}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 SCHEDULES = (
@@ -174,15 +179,34 @@ class Settings:
     tracker_project_name: str = setting("text2image-fine-tune", "The project's name in wandb.")
     validation_prompts: list = setting(
         None,
-        "Prompts to draw pictures for while training.",
+        "Prompts to draw pictures for before, while and after training.",
         nargs="+",
         also=["--validation_prompt"],
     )
+    validation_split: float = setting(
+        0.0,
+        "Share of the rows that is held out: they are not trained on, their loss is reported.",
+    )
     validation_epochs: int = setting(5, "Epochs between two validations.")
+    validation_steps: int = setting(
+        None,
+        "Optimizer steps between two validations. It overrides --validation_epochs.",
+    )
+    validation_decoder: str = setting(
+        "full",
+        "What turns latents into validation pictures: full is the decoder, in good quality; "
+        "preview is a small linear map fitted to the training pictures, in no memory.",
+        choices=("full", "preview"),
+    )
     push_to_hub: bool = setting(False, "Upload the result to the Hub at the end.")
     hub_token: str = setting(
         None,
         "Token for the upload. Better: `hf auth login`, or the variable HF_TOKEN.",
+        secret=True,
+    )
+    hub_private: bool = setting(
+        False,
+        "Make the repository private, where the upload has to make it.",
     )
     hub_model_id: str = setting(
         None,
@@ -195,6 +219,7 @@ class Settings:
             "train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_samples": 1,
             "num_train_epochs": 1, "max_train_steps": 1, "checkpointing_steps": 1,
             "checkpoints_total_limit": 1, "logging_steps": 1, "validation_epochs": 1,
+            "validation_steps": 1,
             "lr_warmup_steps": 0, "dataloader_num_workers": 0, "seed": 0, "learning_rate": 0,
             "adam_weight_decay": 0, "adam_epsilon": 0,
         }  # fmt: skip
@@ -205,7 +230,7 @@ class Settings:
         for name in ("caption_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must lie between 0 and 1.")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "validation_split"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be below 1.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
@@ -220,6 +245,8 @@ class Settings:
             raise UserError("--max_grad_norm must be above 0; `inf` turns clipping off.")
         if self.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
             raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
+        if self.report_to == "wandb" and not importlib.util.find_spec("wandb"):
+            raise UserError("--report_to wandb needs a package: pip install wandb.")
         if not self.dataset_name and not self.train_data_dir:
             raise UserError(
                 "No data: give --dataset_name (Hub name, folder or .parquet) or --train_data_dir "
@@ -244,11 +271,16 @@ def parse(kind, argv=None):
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(kind)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, n=1)
+        flag = unknown[0].split("=")[0]  # without its value, which may be a secret
+        near = difflib.get_close_matches(flag, names, n=1)
         hint = f"did you mean {near[0]}?" if near else "see --help."
-        parser.error(f"{unknown[0]} is not known; {hint}")
+        parser.error(f"{flag} is not known; {hint}")
     settings = kind(**vars(known))
     settings.check()
+    for field in dataclasses.fields(kind):  # trackers keep a copy of the command line
+        if not field.repr and getattr(settings, field.name):
+            secret = getattr(settings, field.name)
+            sys.argv = [word.replace(secret, "***") for word in sys.argv]
     return settings
 
 
@@ -281,7 +313,8 @@ class LoRASettings(Settings):
 def public(settings):
     """The settings as they may be written to a file: all but the token."""
     return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in vars(settings).items()
-        if name != "hub_token"
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(settings)
+        for value in [getattr(settings, field.name)]
+        if field.repr
     }

@@ -10,6 +10,7 @@ Resize, CenterCrop, ToTensor and Normalize.
 
 import hashlib
 import io
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +84,15 @@ def sample_rows(rows, limit, seed):
     if limit is None or limit >= len(rows):
         return rows
     return rows.select(draws.epoch_order(seed, 0, len(rows))[:limit])
+
+
+def hold_out(rows, share, seed):
+    """(rows to train on, rows to measure on): of the latter a share drawn by the seed, or none."""
+    count = math.ceil(share * len(rows))
+    if count == len(rows):
+        raise UserError(f"--validation_split {share} of {len(rows)} rows leaves none to train on.")
+    order = draws.epoch_order(draws.held_out_seed(seed), 0, len(rows))
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
 
 
 def captions_of(row):

@@ -1,7 +1,7 @@
 """The diffusion process of Würstchen's Stage C, forward and backward. Time runs over [0, 1].
 
     noisy = add_noise(latents, noise, t)          # forward: what the loop trains on
-    x = reverse_step(x, predicted, t, t_next, z)  # backward: one step of sampling
+    latents = sample(model, text, empty, noise)   # backward: from noise to a picture's latents
 
 ᾱ(t) is the share of the signal that is left at time t (Nichol, Dhariwal 2021, arXiv 2102.09672,
 eq. 17). The network predicts the noise (Ho, Jain, Abbeel 2020, arXiv 2006.11239, eq. 14).
@@ -78,3 +78,34 @@ def reverse_step(x, predicted_noise, t, t_next, z):
     mean = (x - (1 - alpha) / (1 - now).sqrt() * predicted_noise) / alpha.sqrt()
     spread = ((1 - alpha) * (1 - after) / (1 - now)).sqrt()
     return mean + spread * z * per_sample((t_next != 0).float(), x)
+
+
+def sampling_times():
+    """The 30 times that sampling visits, (30,): 20 in the noisy third, the rest to 0 in strides.
+
+    Würstchen's composition is settled early, so that is where its authors take small steps. The
+    pipelines call these times DEFAULT_STAGE_C_TIMESTEPS.
+    """
+    noisy, cleaner = torch.linspace(1, 2 / 3, 20), torch.linspace(2 / 3, 0, 11)
+    return torch.cat([noisy, cleaner[1:]])
+
+
+@torch.no_grad()
+def sample(model, text, empty, noise, guidance=4.0):
+    """Latents (B, 16, H, W) of new pictures, as the prior knows them, from noise at t = 1.
+
+    model(x, t, text) predicts the noise. text, empty: the encoded prompts and empty captions,
+    (B, L, D). noise: (30, B, 16, H, W) fp32, the start and then what each of the 29 steps draws
+    (the last draw is not used). guidance: how far to go from what any picture would be towards what
+    the prompt asks for, and beyond (Ho, Salimans 2022, arXiv 2207.12598, eq. 6 with w = guidance −
+    1); at 1 there is none.
+    """
+    times = sampling_times().to(noise.device)                                        # (30,)
+    captions = torch.cat([text, empty])                                              # (2B, L, D)
+    x = noise[0]                                                                # (B, 16, H, W)
+    for t, t_next, z in zip(times[:-1], times[1:], noise[1:], strict=True):
+        t, t_next = t.expand(len(x)), t_next.expand(len(x))                          # (B,)
+        predicted = model(torch.cat([x, x]), torch.cat([t, t]), captions).float()
+        with_text, without = predicted.chunk(2)
+        x = reverse_step(x, without + guidance * (with_text - without), t, t_next, z)
+    return x

@@ -25,13 +25,22 @@ from minwurst import config
 from minwurst.config import UserError
 
 
-def run(main, kind):
+def run(main, afterwards, kind):
     """Call main(settings) with the command line as a `kind` of Settings; what `train.py` starts.
 
-    A UserError becomes one line, once a machine, and exit code 2.
+    When all ranks are through, afterwards(settings) is called on the main one, which may then take
+    longer than the others would wait. A UserError becomes one line, once a machine, and exit
+    code 2.
     """
     try:
-        main(config.parse(kind))
+        settings = config.parse(kind)
+        main(settings)
+        last = is_main()
+        # Only now that main's model is gone: a group that DDP holds can hang when it is freed.
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+        if last:
+            afterwards(settings)
     except Exception as error:
         mistake = isinstance(error, UserError)
         if not mistake:
@@ -44,9 +53,6 @@ def run(main, kind):
         if world_size() > 1:  # leaving in good order can hang while others still wait for us
             os._exit(2 if mistake else 1)
         sys.exit(2 if mistake else 1)
-    # Only now that main's model is gone: a group that DDP still holds can hang when it is freed.
-    if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
 
 
 def start():

@@ -8,12 +8,14 @@ Only dropout inside the network is drawn by torch, seeded anew for each (step, r
 """
 
 import functools
+import hashlib
 import secrets
 
 import numpy as np
 import torch
 
-ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT = range(5)  # one independent family of streams each
+# One independent family of streams each.
+ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT, HELD_OUT, SAMPLING, DECODING = range(8)
 
 
 def choose_seed(given, saved):
@@ -27,7 +29,7 @@ def generator(seed, purpose, *place):
     return np.random.default_rng((seed, purpose, *place))
 
 
-@functools.lru_cache(maxsize=2)  # a batch lies in one epoch or across two
+@functools.lru_cache(maxsize=4)  # a batch lies in one epoch or across two; and validation's
 def epoch_order(seed, epoch, rows):
     """The permutation of `rows` row numbers in which an epoch visits them."""
     return generator(seed, ORDER, epoch).permutation(rows)
@@ -77,3 +79,25 @@ def dropout_seed(seed, step, rank):
     """What to seed torch with at the start of a step, for the dropout inside the network."""
     words = np.random.SeedSequence((seed, DROPOUT, step, rank)).generate_state(2, np.uint32)
     return int(words[0]) << 32 | int(words[1])
+
+
+def held_out_seed(seed):
+    """The seed for rows that are held out: which ones they are, and their own noise and times."""
+    return int(generator(seed, HELD_OUT).integers(2**63))
+
+
+def picture(prompt, number):
+    """The place of a prompt's picture number 0, 1, …: the same whatever else is drawn with it."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]), number
+
+
+def sampling_noise(seed, place, shape, steps=30):
+    """All the noise that sampling one picture's latents takes, (steps, 1, *shape) fp32."""
+    drawn = generator(seed, SAMPLING, *place).standard_normal((steps, 1, *shape), np.float32)
+    return torch.from_numpy(drawn)
+
+
+def decoding_generator(seed, place):
+    """A torch generator, on the CPU, for what the decoder draws for one picture."""
+    drawn = int(generator(seed, DECODING, *place).integers(2**63))
+    return torch.Generator().manual_seed(drawn)

@@ -16,10 +16,10 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from minwurst import checkpoint, data
+from minwurst import checkpoint, data, report
 from minwurst.config import UserError
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
@@ -29,12 +29,15 @@ PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 transformers.utils.logging.disable_progress_bar()
 
 
-def locate(flag, name, cache_dir=None):
-    """The local folder of a model: `name` itself, or a Hub repository's files, downloaded."""
+def locate(flag, name, cache_dir=None, advice=""):
+    """The local folder of a model: `name` itself, or a Hub repository's files, downloaded.
+
+    flag, advice: for the UserError where there is none.
+    """
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"--{flag} {name}: there is no such folder.")
+        raise UserError(f"--{flag} {name}: there is no such folder.{advice}")
     try:
         folder = huggingface_hub.snapshot_download(
             name,
@@ -42,12 +45,12 @@ def locate(flag, name, cache_dir=None):
             allow_patterns=PATTERNS,
             ignore_patterns=["*.fp16.safetensors"],  # the same weights a second time
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"--{flag} {name}: no such folder here, and not to be had from the Hub "
             f"({type(error).__name__}: {reason}). Name a local folder, or mend the name or the "
-            "connection."
+            f"connection.{advice}"
         ) from None
     return Path(folder)
 
@@ -157,6 +160,14 @@ def check_fit(prior, text_encoder, image_encoder):
         raise UserError(
             f"--image_encoder_name_or_path gives {latent} channels, but the prior takes {c_in}."
         )
+
+
+def tell_cut(tokenizer, prompts):
+    """Say which prompts are longer than the text encoder reads."""
+    for prompt in prompts:
+        count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        if count > most:
+            report.say(f"The prompt “{prompt[:40]}…” has {count} tokens; only {most} are read.")
 
 
 @torch.no_grad()

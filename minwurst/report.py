@@ -1,17 +1,29 @@
-"""What a run says: the console, TensorBoard, a progress bar. Only the main rank speaks.
+"""What a run says: console, progress bar, trackers, run.json. Only the main rank speaks.
 
-    log = Log("tensorboard", folder, every=10, steps=range(1, 101), global_batch=16)
+    log = Log(trackers, every=10, steps=range(1, 101), global_batch=16)
     log.step(step, loss, norm, learning_rate)
 
-A tracker that is off is an object of the same shape that does nothing, so the loop has no branch.
+Trackers are a list, which may be empty, so the loop has no branch. One that fails leaves the list.
 """
 
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import resource
+import secrets
+import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from minwurst import dist
+from minwurst.config import UserError
 
 
 def say(text):
@@ -26,18 +38,8 @@ def progress(items, label, **options):
     return tqdm(items, label, disable=None if dist.is_main() else True, **options)
 
 
-class NullTracker:
-    """Takes what a tracker takes and drops it."""
-
-    def scalars(self, step, values):
-        pass
-
-    def close(self):
-        pass
-
-
-class TensorBoardTracker:
-    """Scalars to TensorBoard; a resumed run hides what was logged after its checkpoint."""
+class TensorBoard:
+    """Scalars and pictures to TensorBoard; a resumed run hides what came after its checkpoint."""
 
     def __init__(self, folder, first_step):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
@@ -49,27 +51,77 @@ class TensorBoardTracker:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def picture(self, step, name, picture):
+        self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        self.writer.flush()
+
     def close(self):
         self.writer.close()
 
 
-def make_tracker(report_to, folder, first_step):
-    """The tracker that --report_to names, on the main rank; elsewhere one that does nothing."""
-    if report_to == "none" or not dist.is_main():
-        return NullTracker()
-    return TensorBoardTracker(folder, first_step)
+class WandB:
+    """The same to Weights & Biases; a resumed run goes on under the id it had."""
+
+    def __init__(self, folder, project, run_id, settings):
+        import wandb  # optional: Settings.check has seen that it is there
+
+        self.image = wandb.Image
+        self.run = wandb.init(
+            project=project, dir=folder, id=run_id, resume="allow", config=settings
+        )
+        # Its own counter only goes up, and would drop what a resumed run logs again.
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step, values):
+        self.run.log({**values, "step": step})
+
+    def picture(self, step, name, picture):
+        self.run.log({name: self.image(picture), "step": step})
+
+    def close(self):
+        self.run.finish()
+
+
+def check_trackers(report_to):
+    """UserError where a tracker would ask for a login; better now than after an hour's loading."""
+    if report_to not in ("wandb", "all") or not importlib.util.find_spec("wandb"):
+        return
+    import wandb
+
+    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        raise UserError(
+            f"--report_to {report_to}: wandb knows no login. Run `wandb login`, or set "
+            "WANDB_API_KEY, or WANDB_MODE=offline to log to the disk alone."
+        )
+
+
+def make_trackers(report_to, folder, first_step, project, run):
+    """What --report_to names, as a list; on ranks that do not log, an empty one.
+
+    folder: where they write. run: what `write_run` gave. "all" takes wandb where it is installed.
+    """
+    if not dist.is_main():
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    trackers = []
+    if report_to in ("tensorboard", "all"):
+        trackers.append(TensorBoard(folder, first_step))
+    if report_to == "wandb" or report_to == "all" and importlib.util.find_spec("wandb"):
+        trackers.append(WandB(folder, project, run["id"], run["settings"]))
+    return trackers
 
 
 class Log:
-    """The loss, learning rate, gradient norm and pictures per second, every --logging_steps.
+    """Numbers and pictures to the console and the trackers. All ranks must call its methods.
 
-    The loss is the mean over these steps and over ranks; it is summed on the device and read only
-    when it is due. All ranks must call `step`.
+    Every --logging_steps it has the loss, learning rate, gradient norm, pictures per second and
+    memory. The loss is the mean over these steps and over ranks; it is summed on the device and
+    read only when it is due.
     """
 
-    def __init__(self, report_to, folder, *, every, steps, global_batch):
-        """folder: TensorBoard's. steps: the range to come. global_batch: pictures a step."""
-        self.tracker = make_tracker(report_to, folder, steps.start)
+    def __init__(self, trackers, *, every, steps, global_batch):
+        """steps: the range to come. global_batch: pictures a step."""
+        self.trackers = trackers
         self.every, self.last_step, self.global_batch = every, steps.stop - 1, global_batch
         self.loss, self.written, self.then = 0.0, steps.start - 1, time.perf_counter()
         self.bar = progress(None, "steps", initial=self.written, total=self.last_step)
@@ -86,8 +138,9 @@ class Log:
             "learning_rate": learning_rate,
             "gradient_norm": norm.item(),
             "pictures_per_second": steps * self.global_batch / (now - self.then),
+            "memory_gib": peak_memory(norm.device) / 2**30,
         }
-        self.tracker.scalars(step, values)
+        self.scalars(step, values)
         say(
             f"step {step}/{self.last_step}  loss {values['loss']:.5f}  lr {learning_rate:.2e}  "
             f"gradient {values['gradient_norm']:.3f}  "
@@ -95,29 +148,103 @@ class Log:
         )
         self.loss, self.written, self.then = 0.0, step, now
 
+    @contextlib.contextmanager
+    def paused(self):
+        """What is done within the context does not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.then += time.perf_counter() - start
+
+    def scalars(self, step, values):
+        self.send("scalars", step, values)
+
+    def picture(self, step, name, picture):
+        """picture: a PIL one, RGB."""
+        self.send("picture", step, name, picture)
+
+    def send(self, what, *values):
+        """To every tracker; one that fails is left out from then on, and training goes on."""
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, what)(*values)
+            except Exception as error:  # a full disk, a server that is down: none is worth a run
+                self.trackers.remove(tracker)
+                say(f"{type(tracker).__name__} failed and is left out from here on: {error}")
+
     def close(self):
         self.bar.close()
-        self.tracker.close()
+        self.send("close")
+
+
+def peak_memory(device):
+    """Bytes: the most that tensors took on a GPU so far, or that the process took on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
+
+
+def write_run(file, settings, identity, steps, device, resumed):
+    """Write run.json, what another person needs to repeat the run, and return what is in it.
+
+    settings: as `config.public` gives them, hence without a token. identity: what makes it this
+    run. steps: in all. A resumed run keeps its id and adds a line to its starts.
+    """
+    known = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "resumed_from": resumed.name if resumed else None,
+        "device": f"{dist.world_size()} × {device_name(device)}",
+        "commit": git_commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+    run = {
+        "id": known.get("id") or secrets.token_hex(4),
+        "settings": settings,
+        "identity": identity,
+        "steps": steps,
+        "starts": [*known.get("starts", []), start],
+    }
+    file.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return run
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def git_commit(folder):
+    """The commit of the code in a folder, and whether it was changed; None where there is none."""
+    try:
+        commit, changed = (
+            subprocess.check_output(["git", "-C", folder, *words], stderr=subprocess.DEVNULL)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.decode().strip() + (" with changes" if changed.strip() else "")
 
 
 def opening(settings, device, world, resumed):
-    """What this run is, and in one line each what it asks for that is not to be had here."""
+    """What this run is, and what is to be known of it before it starts."""
     where = f"{world} × {device.type}" if world > 1 else device.type
     say(f"minwurst on {where}, precision {settings.mixed_precision}, seed {settings.seed}")
     if device.type == "cpu":
         say("No GPU here: training on the CPU, which for the published prior is for trying only.")
-    if settings.report_to in ("wandb", "all"):
-        say("--report_to wandb: not available yet, the log goes to TensorBoard and the console.")
-    if settings.validation_prompts:
-        say("--validation_prompts: not available yet, no pictures are drawn.")
-    if settings.push_to_hub:
-        say("--push_to_hub: not available yet, the result stays in --output_dir.")
     if resumed:
         say(f"going on from {resumed}")
 
 
-def closing(result, log_folder, report_to):
-    """Where everything is."""
+def closing(result, pictures, log_folder, report_to):
+    """Where everything is. pictures: a file that may be there."""
     say(f"done: {result} holds what was trained")
-    if report_to != "none":
+    if pictures.is_file():
+        say(f"pictures before and after: {pictures}")
+    if report_to in ("tensorboard", "all"):
         say(f"the log: tensorboard --logdir {log_folder}")

@@ -2,8 +2,9 @@
 
     python -m tests.tiny runs/tiny
 
-The folder holds prior/, text_encoder/, tokenizer/, scheduler/ and image_encoder/: the classes and
-files of the published model with a ten-thousandth of its numbers, none of them trained. What comes
+The folder holds prior/, text_encoder/, tokenizer/, scheduler/, image_encoder/ and a folder
+decoder/ with Stages B and A and their own text encoder: the classes and files of the published
+model with a ten-thousandth of its numbers, none of them trained. What comes
 out of training it is no picture; that the loss falls shows that all parts of the trainer work
 together.
 """
@@ -17,7 +18,7 @@ import tokenizers
 import torch
 import transformers
 
-from minwurst import data
+from minwurst import data, pipelines
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
 
@@ -80,6 +81,29 @@ def make_image_encoder(rows):
     return encoder.eval()
 
 
+def make_decoder(folder, tokenizer):
+    """Write Stages B and A, which turn 3×3 cells into 128 pixels, as the Hub's decoder lies."""
+    kind = diffusers.WuerstchenDecoderPipeline
+    decoder = pipelines.class_beside(kind, "WuerstchenDiffNeXt")(
+        c_in=4, c_out=4, c_r=16, patch_size=2, c_cond=32, c_hidden=[16, 16, 16, 16],
+        nhead=[-1, 2, 2, 2], blocks=[1, 1, 1, 1], effnet_embd=16, clip_embd=16,
+    )  # fmt: skip
+    # Fresh weights give the same grey for any latents; these answer with noise of their colours.
+    for layer in [*filter(None, decoder.effnet_mappers), decoder.clf[1]]:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    vqgan = pipelines.class_beside(kind, "PaellaVQModel")(
+        bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8
+    )
+    torch.nn.init.normal_(vqgan.out_block[0].weight, std=0.2)
+    torch.nn.init.constant_(vqgan.out_block[0].bias, 0.5)
+    decoder.save_pretrained(folder / "decoder")
+    vqgan.save_pretrained(folder / "vqgan")
+    make_text_encoder(tokenizer, width=16).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
 def make(folder, seed=0, pictures=PICTURES, **prior_config):
     """Write the whole Würstchen and return its folder."""
     torch.manual_seed(seed)
@@ -92,6 +116,7 @@ def make(folder, seed=0, pictures=PICTURES, **prior_config):
     text_encoder.save_pretrained(folder / "text_encoder")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
     make_image_encoder(rows).save_pretrained(folder / "image_encoder")
+    make_decoder(folder / "decoder", tokenizer)
     return folder
 
 
