@@ -86,8 +86,9 @@ def sampling_times():
     Würstchen's composition is settled early, so that is where its authors take small steps. The
     pipelines call these times DEFAULT_STAGE_C_TIMESTEPS.
     """
-    noisy, cleaner = torch.linspace(1, 2 / 3, 20), torch.linspace(2 / 3, 0, 11)
-    return torch.cat([noisy, cleaner[1:]])
+    noisy = torch.linspace(1, 2 / 3, 20, dtype=torch.float64)
+    cleaner = torch.linspace(2 / 3, 0, 11, dtype=torch.float64)
+    return torch.cat([noisy, cleaner[1:]]).float()
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """The diffusion maths against DDPMWuerstchenScheduler and against their own definitions."""
 
 import math
+import sys
 
 import pytest
 import torch
-from diffusers import DDPMWuerstchenScheduler
+from diffusers import DDPMWuerstchenScheduler, WuerstchenPriorPipeline
 
-from minwurst import diffusion
+from minwurst import diffusion, models, pipelines
 from tests.conftest import relative
 
 TIMES = torch.linspace(0, 1, 101)
@@ -43,6 +44,29 @@ def test_reverse_step_undoes_the_noise():
     noisy = diffusion.add_noise(latents, noise, t)
     found = diffusion.reverse_step(noisy, noise, t, torch.zeros(2), torch.randn(2, 16, 3, 3))
     assert relative(found, latents) < 0.02
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_sampling_equals_the_pipeline(wuerstchen, guidance):
+    """The latents of two prompts, from the noise that the pipeline draws."""
+    times = sys.modules[WuerstchenPriorPipeline.__module__].DEFAULT_STAGE_C_TIMESTEPS
+    assert torch.equal(diffusion.sampling_times(), torch.Tensor(times))
+    pipeline = pipelines.prior_pipeline(wuerstchen, wuerstchen, torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a bear", "honey pot"]
+    expected = pipeline(
+        prompts, 128, 128, timesteps=times, guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(5),
+    ).image_embeddings  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.stack([torch.randn(2, 16, 3, 3, generator=generator) for _ in times])
+    text, empty = (
+        models.encode_text(pipeline.tokenizer, pipeline.text_encoder, captions)
+        for captions in (prompts, ["", ""])
+    )
+    prior = models.load_prior(wuerstchen).eval()
+    found = diffusion.unscale_latents(diffusion.sample(prior, text, empty, noise, guidance))
+    assert relative(found, expected) < 1e-5
 
 
 def test_p2_is_one_over_one_plus_snr():

@@ -76,3 +76,17 @@ def test_seed_is_given_or_saved_or_drawn():
     assert draws.choose_seed(0, 5) == 0
     assert draws.choose_seed(None, 5) == 5
     assert draws.choose_seed(None, None) != draws.choose_seed(None, None)
+
+
+def test_sampling_noise_is_the_pictures_own():
+    place = draws.picture("a bear", 0)
+    noise = draws.sampling_noise(1, place, (16, 3, 3))
+    assert noise.shape == (30, 1, 16, 3, 3) and noise.dtype == torch.float32
+    assert torch.equal(noise, draws.sampling_noise(1, place, (16, 3, 3)))
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    others = [(2, place), (1, draws.picture("a bear", 1)), (1, draws.picture("a car", 0))]
+    assert not any(torch.equal(noise, draws.sampling_noise(*other, (16, 3, 3))) for other in others)
+    assert (
+        draws.decoding_generator(1, place).initial_seed()
+        != draws.decoding_generator(*others[0]).initial_seed()
+    )

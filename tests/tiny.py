@@ -88,9 +88,13 @@ def make_decoder(folder, tokenizer):
         c_in=4, c_out=4, c_r=16, patch_size=2, c_cond=32, c_hidden=[16, 16, 16, 16],
         nhead=[-1, 2, 2, 2], blocks=[1, 1, 1, 1], effnet_embd=16, clip_embd=16,
     )  # fmt: skip
-    # Fresh weights give the same grey for any latents; these answer with noise of their colours.
-    for layer in [*filter(None, decoder.effnet_mappers), decoder.clf[1]]:
-        torch.nn.init.normal_(layer.weight, std=0.3)
+    # Fresh weights answer to no latents. These do, and the divisor b is near 1, so that sampling
+    # does not run off to black and white.
+    for name, weight in decoder.named_parameters():
+        if name.endswith("channelwise.4.weight") or name.startswith(("effnet_mappers", "clf")):
+            torch.nn.init.normal_(weight, std=0.3)
+    with torch.no_grad():
+        decoder.clf[1].weight[16:].zero_(), decoder.clf[1].bias[16:].fill_(6.0)
     vqgan = pipelines.class_beside(kind, "PaellaVQModel")(
         bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8
     )

@@ -1,0 +1,249 @@
+"""Validation shows the prior as it will be used, and leaves training as it was."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from minwurst import config, data, diffusion, draws, models, pictures, pipelines, sample, validation
+from minwurst.config import UserError
+from tests.conftest import assert_bitwise_equal, command, flags, relative, torchrun, train_here
+
+PROMPTS = ["a bear", "honey pot"]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What Draw was given to show: a list of (step, [latents of each prompt])."""
+    seen, show = [], validation.Draw.show
+
+    def keep(self, step, latents):
+        seen.append((step, latents))
+        show(self, step, latents)
+
+    monkeypatch.setattr(validation.Draw, "show", keep)
+    return seen
+
+
+def held_out_losses(printed):
+    found = re.findall(r"held out at step (\d+): loss (\S+) \((.*)\)", printed)
+    return {
+        int(step): [float(loss), *map(float, quarters.split(", "))]
+        for step, loss, quarters in found
+    }
+
+
+def looking(wuerstchen, **changed):
+    settings = {
+        "pretrained_decoder_model_name_or_path": wuerstchen / "decoder",
+        "validation_prompts": "a bear", "validation_steps": 1, "validation_split": 0.1,
+        "use_ema": True, "caption_dropout": 0.3,
+    }  # fmt: skip
+    return {**settings, **changed}
+
+
+@pytest.mark.parametrize("script", ["train.py", "lora.py"])
+@pytest.mark.parametrize("decoder", ["full", "preview"])
+def test_it_changes_no_number_of_training(wuerstchen, tmp_path, script, decoder):
+    looks = looking(wuerstchen, validation_decoder=decoder, dataloader_num_workers=2)
+    plain = {**looks, "validation_prompts": None, "validation_steps": 100}
+    one = train_here(wuerstchen, tmp_path / "looked at", script, **looks)
+    two = train_here(wuerstchen, tmp_path / "left alone", script, **plain)
+    assert_bitwise_equal(one / "checkpoint-4", two / "checkpoint-4")
+
+
+def test_ranks_share_it_and_train_on_as_before(wuerstchen, tmp_path):
+    looks = looking(wuerstchen, train_batch_size=2)
+    plain = {**looks, "validation_prompts": None, "validation_steps": 100}
+    one = torchrun(2, wuerstchen, tmp_path / "looked at", **looks)
+    two = torchrun(2, wuerstchen, tmp_path / "left alone", **plain)
+    assert_bitwise_equal(one / "checkpoint-4", two / "checkpoint-4")
+    train_here(wuerstchen, tmp_path / "alone", **looking(wuerstchen))
+    file = "validation/step-000000.png"
+    found, expected = (Image.open(tmp_path / run / file) for run in ("looked at", "alone"))
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_it_draws_with_the_exported_weights(wuerstchen, tmp_path, shown):
+    """The last pictures are those of the result: averaged, without dropout, in diffusers' class."""
+    looks = looking(wuerstchen, ema_decay=0.5, validation_steps=3, resolution=128)
+    train_here(wuerstchen, tmp_path, **looks)
+    assert [step for step, _ in shown] == [0, 3, 4]
+    pipeline = pipelines.prior_pipeline(tmp_path / "prior_pipeline", wuerstchen, torch.float32)
+    text = models.encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a bear", ""])
+    noise = draws.sampling_noise(7, draws.picture("a bear", 0), (16, 3, 3))  # 4 cells: 3 is nearest
+    expected = diffusion.sample(pipeline.prior, text[:1], text[1:], noise)
+    assert relative(shown[-1][1][0], expected) < 1e-5
+    assert relative(shown[0][1][0], expected) > 1e-3
+
+
+def test_a_picture_does_not_depend_on_the_others(wuerstchen, tmp_path, shown):
+    alone = looking(wuerstchen, max_train_steps=1, validation_prompts="honey pot")
+    train_here(wuerstchen, tmp_path / "one", **alone)
+    words = flags(wuerstchen, tmp_path / "two", **{**alone, "validation_prompts": None})
+    train_main([*words, "--validation_prompts", *PROMPTS])
+    assert torch.equal(shown[0][1][0], shown[2][1][1])
+    assert not torch.equal(shown[2][1][0], shown[2][1][1])
+
+
+def train_main(words):
+    import train
+
+    train.main(config.parse(config.Settings, words))
+
+
+def test_sampling_draws_the_same_picture(wuerstchen, tmp_path, monkeypatch):
+    """`minwurst.sample` with a run's seed gives what validation gave at the end."""
+    drawn, grid = [], pictures.grid
+
+    def keep(found, *words, **more):
+        drawn.append(found)
+        return grid(found, *words, **more)
+
+    monkeypatch.setattr(pictures, "grid", keep)
+    train_here(wuerstchen, tmp_path / "run", **looking(wuerstchen, max_train_steps=2))
+    words = ["--prompt=a bear", f"--prior={tmp_path / 'run'}", "--seed=7"]
+    sample.main(config.parse(sample.SampleSettings, [*words, f"--output={tmp_path / 'x.png'}"]))
+    with Image.open(tmp_path / "x.png") as found:
+        assert found.tobytes() == drawn[-1][0].tobytes()
+        assert '"prompt": "a bear"' in found.text["minwurst"]
+
+
+def test_before_and_after_survive_a_resumed_run(wuerstchen, tmp_path, capsys):
+    looks = looking(wuerstchen, max_train_steps=2)
+    train_here(wuerstchen, tmp_path, **looks)
+    first = (tmp_path / "validation/step-000000.png").read_bytes()
+    more = {**looks, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    train_here(wuerstchen, tmp_path, **more)
+    assert [int(step) for step in held_out_losses(capsys.readouterr().out)] == [0, 1, 2, 3, 4]
+    assert (tmp_path / "validation/step-000000.png").read_bytes() == first
+    with (
+        Image.open(tmp_path / "validation/before_after.png") as both,
+        Image.open(tmp_path / "validation/step-000000.png") as before,
+        Image.open(tmp_path / "validation/step-000004.png") as after,
+    ):
+        middle = before.height
+        assert both.crop((0, 0, both.width, middle)).tobytes() == before.tobytes()
+        assert both.crop((0, middle, both.width, both.height)).tobytes() == after.tobytes()
+
+
+def test_epochs_set_when_it_is_due(wuerstchen, tmp_path, capsys):
+    """56 rows, 6 of them held out: at 10 pictures a step, two epochs are 10 steps."""
+    looks = {"validation_split": 0.1, "validation_epochs": 2, "train_batch_size": 10}
+    train_here(wuerstchen, tmp_path, max_train_steps=25, **looks)
+    assert list(held_out_losses(capsys.readouterr().out)) == [0, 10, 20, 25]
+
+
+def test_held_out_loss_is_the_plain_error_at_fixed_times(still_wuerstchen, tmp_path, capsys):
+    """Whatever objective training has; the same on two ranks; recomputed here by hand."""
+    looks = {"validation_split": 0.2, "loss_weighting": "p2", "max_train_steps": 1}
+    train_here(still_wuerstchen, tmp_path / "one", **looks)
+    (before, after) = held_out_losses(capsys.readouterr().out).values()
+    assert before != after
+
+    rows = data.open_rows(None, None, "tests/pictures", "image", "text")
+    held_out = data.hold_out(rows, 0.2, seed=7)[1]
+    prior = models.load_prior(still_wuerstchen)
+    tokenizer, text_encoder = models.load_text(still_wuerstchen, torch.float32)
+    encoder = models.load_image_encoder(still_wuerstchen / "image_encoder")
+    seed = draws.held_out_seed(7)
+    pairs = data.Pairs(held_out, 64, seed)
+    found = torch.zeros(4)
+    with torch.no_grad():
+        for position in range(len(held_out)):
+            sample_ = data.collate([pairs[position]])
+            latents = diffusion.scale_latents(encoder(sample_["pixels"]))
+            text = models.encode_text(tokenizer, text_encoder, sample_["captions"])
+            noise = draws.noise(seed, [position], latents.shape[1:])
+            for quarter in range(4):
+                t = (quarter + draws.uniform(seed, [position])) / 4
+                noisy = diffusion.add_noise(latents, noise, t)
+                found[quarter] += (prior(noisy, t, text) - noise).square().mean()
+    found = (found / len(held_out)).tolist()
+    assert before == pytest.approx([sum(found) / 4, *found], abs=2e-5)
+
+
+def test_held_out_loss_is_the_same_on_two_ranks(still_wuerstchen, tmp_path, capsys):
+    looks = {"validation_split": 0.2, "max_train_steps": 1, "train_batch_size": 4}
+    train_here(still_wuerstchen, tmp_path / "one", **looks)
+    expected = held_out_losses(capsys.readouterr().out)[0]
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    words = flags(still_wuerstchen, tmp_path / "two", **{**looks, "train_batch_size": 2})
+    import sys
+
+    _, printed = command(sys.executable, *agent, *words)
+    assert held_out_losses(printed)[0] == pytest.approx(expected, abs=2e-5)
+
+
+def test_held_out_rows_are_not_trained_on(wuerstchen, tmp_path, monkeypatch):
+    taken, collate = [], data.collate
+
+    def keep(self, position):
+        row = self.rows[draws.row_at(self.seed, position, len(self.rows))]
+        taken.append((self.seed == 7, row["number"]))
+        return item(self, position)
+
+    item = data.Pairs.__getitem__
+    monkeypatch.setattr(data.Pairs, "__getitem__", keep)
+    assert collate
+    train_here(wuerstchen, tmp_path, validation_split=0.25, train_batch_size=6, max_train_steps=7)
+    trained = {number for training, number in taken if training}
+    measured = {number for training, number in taken if not training}
+    assert len(measured) == 14 and len(trained) == 42 and not trained & measured
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.5, 28), (0.98, 55)])
+def test_hold_out(share, count):
+    rows = data.open_rows(None, None, "tests/pictures", "image", "text")
+    kept, held_out = data.hold_out(rows, share, seed=3)
+    assert len(held_out) == count
+    assert sorted([*kept["number"], *held_out["number"]]) == list(range(56))
+    if count == 28:
+        assert held_out["number"] != data.hold_out(rows, share, seed=4)[1]["number"]
+
+
+def test_a_split_that_leaves_nothing():
+    rows = data.open_rows(None, None, "tests/pictures", "image", "text")
+    with pytest.raises(UserError, match="--validation_split 0.99 of 56 rows leaves none"):
+        data.hold_out(rows, 0.99, seed=3)
+
+
+def test_another_split_is_another_run(wuerstchen, tmp_path):
+    train_here(wuerstchen, tmp_path, max_train_steps=1, validation_split=0.1)
+    with pytest.raises(UserError, match="--validation_split was 0.1 and is 0.2 now"):
+        train_here(wuerstchen, tmp_path, validation_split=0.2, resume_from_checkpoint="latest")
+
+
+def test_it_says_which_cells_and_which_prompts_are_cut(wuerstchen, tmp_path, capsys):
+    looks = looking(wuerstchen, max_train_steps=1, validation_prompts="bear " * 100)
+    train_here(wuerstchen, tmp_path, resolution=128, **looks)
+    printed = capsys.readouterr().out
+    assert "4×4 cells, which the decoder can't take: pictures are drawn at 3×3" in printed
+    assert re.search(r"The prompt “bear bear.*…” has \d{3} tokens; only 77 are read", printed)
+
+
+@pytest.mark.parametrize("part", ["decoder/config.json", "vqgan/config.json", "tokenizer"])
+def test_a_decoder_that_lacks_a_part(wuerstchen, tmp_path, part):
+    import shutil
+
+    shutil.copytree(wuerstchen / "decoder", tmp_path / "decoder")
+    gone = tmp_path / "decoder" / part
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    looks = looking(wuerstchen, pretrained_decoder_model_name_or_path=tmp_path / "decoder")
+    with pytest.raises(UserError, match=f"no whole Würstchen decoder: {part}.* is missing"):
+        train_here(wuerstchen, tmp_path / "out", **looks)
+
+
+def test_no_decoder_to_be_had(wuerstchen, tmp_path):
+    looks = looking(wuerstchen, pretrained_decoder_model_name_or_path="nobody/nothing")
+    with pytest.raises(UserError, match="--pretrained_decoder.*--validation_decoder=preview"):
+        train_here(wuerstchen, tmp_path, **looks)
+
+
+def test_the_model_is_put_back():
+    model = torch.nn.Dropout()
+    with pytest.raises(RuntimeError), validation.evaluation(model):
+        assert not model.training
+        raise RuntimeError
+    assert model.training
