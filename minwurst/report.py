@@ -100,9 +100,9 @@ def make_trackers(report_to, folder, first_step, project, run):
 
     folder: where they write. run: what `write_run` gave. "all" takes wandb where it is installed.
     """
-    if not dist.is_main():
+    if not dist.is_main() or report_to == "none":
         return []
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # else wandb writes to a temporary one
     trackers = []
     if report_to in ("tensorboard", "all"):
         trackers.append(TensorBoard(folder, first_step))

@@ -114,6 +114,6 @@ def test_a_user_error_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["train.py", *DATA])
     with pytest.raises(SystemExit) as stopped:
-        dist.run(fail, Settings)
+        dist.run(fail, print, Settings)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "train.py: Row 3: broken.\n"

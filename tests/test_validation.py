@@ -1,11 +1,14 @@
 """Validation shows the prior as it will be used, and leaves training as it was."""
 
 import re
+import shutil
+import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import train
 from minwurst import config, data, diffusion, draws, models, pictures, pipelines, sample, validation
 from minwurst.config import UserError
 from tests.conftest import assert_bitwise_equal, command, flags, relative, torchrun, train_here
@@ -82,15 +85,9 @@ def test_a_picture_does_not_depend_on_the_others(wuerstchen, tmp_path, shown):
     alone = looking(wuerstchen, max_train_steps=1, validation_prompts="honey pot")
     train_here(wuerstchen, tmp_path / "one", **alone)
     words = flags(wuerstchen, tmp_path / "two", **{**alone, "validation_prompts": None})
-    train_main([*words, "--validation_prompts", *PROMPTS])
+    train.main(config.parse(config.Settings, [*words, "--validation_prompts", *PROMPTS]))
     assert torch.equal(shown[0][1][0], shown[2][1][1])
     assert not torch.equal(shown[2][1][0], shown[2][1][1])
-
-
-def train_main(words):
-    import train
-
-    train.main(config.parse(config.Settings, words))
 
 
 def test_sampling_draws_the_same_picture(wuerstchen, tmp_path, monkeypatch):
@@ -170,23 +167,19 @@ def test_held_out_loss_is_the_same_on_two_ranks(still_wuerstchen, tmp_path, caps
     expected = held_out_losses(capsys.readouterr().out)[0]
     agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     words = flags(still_wuerstchen, tmp_path / "two", **{**looks, "train_batch_size": 2})
-    import sys
-
     _, printed = command(sys.executable, *agent, *words)
     assert held_out_losses(printed)[0] == pytest.approx(expected, abs=2e-5)
 
 
 def test_held_out_rows_are_not_trained_on(wuerstchen, tmp_path, monkeypatch):
-    taken, collate = [], data.collate
+    taken, item = [], data.Pairs.__getitem__
 
     def keep(self, position):
         row = self.rows[draws.row_at(self.seed, position, len(self.rows))]
         taken.append((self.seed == 7, row["number"]))
         return item(self, position)
 
-    item = data.Pairs.__getitem__
     monkeypatch.setattr(data.Pairs, "__getitem__", keep)
-    assert collate
     train_here(wuerstchen, tmp_path, validation_split=0.25, train_batch_size=6, max_train_steps=7)
     trained = {number for training, number in taken if training}
     measured = {number for training, number in taken if not training}
@@ -225,8 +218,6 @@ def test_it_says_which_cells_and_which_prompts_are_cut(wuerstchen, tmp_path, cap
 
 @pytest.mark.parametrize("part", ["decoder/config.json", "vqgan/config.json", "tokenizer"])
 def test_a_decoder_that_lacks_a_part(wuerstchen, tmp_path, part):
-    import shutil
-
     shutil.copytree(wuerstchen / "decoder", tmp_path / "decoder")
     gone = tmp_path / "decoder" / part
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()

@@ -1,0 +1,249 @@
+"""The seed's commands against a Hub on loopback: downloaded, trained, pushed, loaded again."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from minwurst import hub, lora
+from minwurst.config import UserError
+from tests import tiny
+from tests.conftest import command, flags, train_here
+from tests.hub import LoopbackHub
+
+DATASET = "lambdalabs/naruto-blip-captions"
+# As the seed has them, with torchrun in place of accelerate's launcher, and then fewer steps.
+FULL = f"""train.py --mixed_precision="fp16" --dataset_name={DATASET} --resolution=768
+    --train_batch_size=4 --gradient_accumulation_steps=4 --gradient_checkpointing
+    --dataloader_num_workers=4 --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1
+    --checkpoints_total_limit=3 --lr_scheduler="constant" --lr_warmup_steps=0
+    --validation_prompts="A robot naruto, 4k photo" --report_to="wandb" --push_to_hub
+    --output_dir="wuerstchen-prior-naruto-model" --max_train_steps=2"""
+LORA = f"""lora.py --mixed_precision="fp16" --dataset_name={DATASET} --caption_column="text"
+    --resolution=768 --train_batch_size=8 --num_train_epochs=100 --checkpointing_steps=5000
+    --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --seed=42 --rank=4
+    --validation_prompt="cute dragon creature" --report_to="wandb" --push_to_hub
+    --output_dir="wuerstchen-prior-naruto-lora" --num_train_epochs=1"""
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def loopback(wuerstchen, tmp_path_factory):
+    """A Hub with small models under the published names, and a data set of eight pictures."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    for line in (tiny.PICTURES / "metadata.jsonl").read_text().splitlines()[:8]:
+        with open(pictures / "metadata.jsonl", "a") as metadata:
+            metadata.write(line + "\n")
+        name = json.loads(line)["file_name"]
+        (pictures / name).write_bytes((tiny.PICTURES / name).read_bytes())
+    with LoopbackHub(tmp_path_factory.mktemp("hub")) as opened:
+        opened.add("warp-ai/wuerstchen-prior", wuerstchen)
+        opened.add("warp-ai/wuerstchen", wuerstchen / "decoder")
+        opened.add("warp-ai/EfficientNetEncoder", wuerstchen / "image_encoder")
+        opened.add(DATASET, pictures, kind="datasets")
+        yield opened
+
+
+def run(words, folder, loopback, **more):
+    """A script of the repository in a folder of its own; returns (exit code, what it printed)."""
+    script, *words = shlex.split(words) if isinstance(words, str) else words
+    variables = {**loopback.variables, "WANDB_MODE": "offline", **more}
+    code = f"import os, runpy; os.chdir({str(folder)!r}); runpy.run_path({str(ROOT / script)!r}, "
+    code += "run_name='__main__')"
+    return command(sys.executable, "-c", code, *words, check=False, **variables)
+
+
+@pytest.fixture(scope="module")
+def pushed(loopback, tmp_path_factory):
+    """Both of the seed's commands, run whole: {script: (folder it ran in, what it printed)}."""
+    done = {}
+    for words in (FULL, LORA):
+        folder = tmp_path_factory.mktemp("seed")
+        code, printed = run(words, folder, loopback)
+        assert code == 0, printed
+        done[words.split()[0]] = (folder, printed)
+    return done
+
+
+NAMES = {"train.py": "wuerstchen-prior-naruto-model", "lora.py": "wuerstchen-prior-naruto-lora"}
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_one_commit_of_the_result_and_nothing_else(loopback, pushed, script):
+    name = NAMES[script]
+    (paths,) = (set(paths) for repo, _, paths in loopback.commits if repo == f"me/{name}")
+    if script == "lora.py":
+        assert paths == {"README.md", "before_after.png", lora.FILE}
+    else:
+        assert {"README.md", "before_after.png", "model_index.json"} < paths
+        inside = {path.split("/")[0] for path in paths if "/" in path}
+        assert inside == {"prior", "text_encoder", "tokenizer", "scheduler"}
+    folder, printed = pushed[script]
+    result = folder / name / ("prior_pipeline" if script == "train.py" else "")
+    for path in paths - {"README.md", "before_after.png"}:
+        assert (loopback.files(f"me/{name}") / path).read_bytes() == (result / path).read_bytes()
+    assert f"pushed: {loopback.url}/me/{name}" in printed
+    with Image.open(loopback.files(f"me/{name}") / "before_after.png") as both:
+        assert both.height > both.width
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_the_token_is_nowhere(loopback, pushed, script):
+    folder, printed = pushed[script]
+    token = loopback.token.encode()
+    assert loopback.token not in printed
+    for place in (folder, loopback.files(f"me/{NAMES[script]}")):
+        files = [file for file in place.rglob("*") if file.is_file()]
+        assert files and not [file for file in files if token in file.read_bytes()]
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_the_card(loopback, pushed, script, tmp_path):
+    """Its metadata is valid, its settings are the run's, and its snippet draws a picture."""
+    file = loopback.files(f"me/{NAMES[script]}") / "README.md"
+    text = file.read_text(encoding="utf-8")
+    facts = huggingface_hub.ModelCard(text).data
+    assert facts.base_model == "warp-ai/wuerstchen-prior" and facts.license == "mit"
+    assert facts.datasets == [DATASET] and facts.pipeline_tag == "text-to-image"
+    assert ("lora" in facts.tags) == (script == "lora.py")
+    rate = "1e-05" if script == "train.py" else "0.0001"
+    assert f"| learning_rate | {rate} |" in text and "| mixed_precision | fp16 |" in text
+    assert str(Path(pushed[script][0])) not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = f"import os; os.chdir({str(tmp_path)!r})\n{code}"
+    variables = {**loopback.variables, "HF_HOME": str(tmp_path)}
+    command(sys.executable, "-c", code, **variables)
+    with Image.open(tmp_path / "picture.png") as drawn:
+        assert drawn.size == (1024, 1024) and len(set(drawn.getdata())) > 1000
+
+
+def test_what_was_pushed_gives_the_same_latents(loopback, pushed, tmp_path):
+    """In a fresh process, from the Hub, against the local files."""
+    code = """
+import sys, torch
+from safetensors.torch import save_file
+from minwurst import pipelines
+def latents(prior, lora=None):
+    prior, _ = pipelines.load(prior, lora=lora)
+    generator = torch.Generator().manual_seed(3)
+    return prior("a bear", 128, 128, num_inference_steps=3, generator=generator).image_embeddings
+full, adapter = sys.argv[1:3]
+base = "warp-ai/wuerstchen-prior"
+import huggingface_hub
+there = huggingface_hub.snapshot_download("me/wuerstchen-prior-naruto-lora")
+save_file({
+    "pushed": latents("me/wuerstchen-prior-naruto-model"), "local": latents(full),
+    "pushed lora": latents(base, there), "local lora": latents(base, adapter),
+    "base": latents(base),
+}, sys.argv[3])
+"""
+    full = pushed["train.py"][0] / NAMES["train.py"] / "prior_pipeline"
+    adapter = pushed["lora.py"][0] / NAMES["lora.py"]
+    file = tmp_path / "latents.safetensors"
+    command(sys.executable, "-c", code, full, adapter, file, **loopback.variables)
+    found = load_file(file)
+    assert torch.equal(found["pushed"], found["local"])
+    assert torch.equal(found["pushed lora"], found["local lora"])
+    for name in ("pushed", "pushed lora"):
+        assert not torch.equal(found[name], found["base"])
+
+
+@pytest.fixture(scope="module")
+def finished(wuerstchen, tmp_path_factory):
+    """The output folder of a run that was not asked to push."""
+    return train_here(wuerstchen, tmp_path_factory.mktemp("finished") / "run", "lora.py")
+
+
+def again(loopback, folder, repository, *words, **more):
+    """`python -m minwurst.hub` without its waiting times."""
+    code = "from minwurst import hub; hub.WAITS = (0, 0, 0); hub.main()"
+    variables = {**loopback.variables, **more}
+    words = [folder, repository, *words]
+    return command(sys.executable, "-c", code, *words, check=False, **variables)
+
+
+def test_a_busy_hub_is_asked_again(loopback, finished):
+    for status in (429, 503, 0):
+        loopback.answer(status, path="/commit/")
+    code, printed = again(loopback, finished, "retried")
+    assert code == 0, printed
+    assert printed.count("Trying again in 0 s") == 3
+    assert (loopback.files("me/retried") / lora.FILE).is_file()
+
+
+def test_a_push_that_fails_can_be_made_again(loopback, finished):
+    loopback.answer(500, times=4, path="/commit/")
+    code, printed = again(loopback, finished, "me/later", "--private")
+    assert code == 1 and "Traceback" not in printed
+    said = printed.splitlines()[-1]
+    assert "Not pushed to me/later" in said and f"The result is safe in {finished}." in said
+    assert not (loopback.files("me/later") / lora.FILE).exists() and "me/later" in loopback.private
+    words = said.split("python -m minwurst.hub ")[1].split()
+    code, printed = again(loopback, *words)
+    assert code == 0 and "pushed: " in printed
+    assert (loopback.files("me/later") / lora.FILE).is_file()
+
+
+def test_no_result_no_push(loopback, tmp_path):
+    code, printed = again(loopback, tmp_path, "me/empty")
+    assert code == 1 and f"{tmp_path} holds no result" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [
+        ("someone/else", "TOKEN", "--hub_model_id someone/else is somebody else's: you can push"),
+        (
+            "me/x",
+            "hf_wrong",
+            "--push_to_hub: The Hub does not know this token. Run `hf auth login`",
+        ),
+        ("me/x", "", "The Hub knows no login here. Run `hf auth login`"),
+        ("me/x y", "TOKEN", "--hub_model_id me/x y is no name for a repository"),
+    ],
+)
+def test_repositories_that_can_not_be_pushed_to(loopback, monkeypatch, name, token, said):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", loopback.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HOME", str(loopback.folder / "nobody"))
+    monkeypatch.setenv("HF_TOKEN", token.replace("TOKEN", loopback.token))
+    with pytest.raises(UserError, match=re.escape(said)):
+        hub.make_repository(name)
+
+
+def test_without_the_hub_no_push_is_begun(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    with pytest.raises(UserError, match="--push_to_hub: OfflineModeIsEnabled"):
+        hub.make_repository("me/x")
+
+
+def test_a_wrong_token_is_said_first(loopback, tmp_path):
+    """Before data or models are looked for: neither is to be had here."""
+    words = flags("nowhere", tmp_path / "out", train_data_dir="nowhere", push_to_hub=True)
+    code, printed = run(["train.py", *words], tmp_path, loopback, HF_TOKEN="hf_wrong")
+    assert code == 2 and "Traceback" not in printed
+    assert "train.py: --push_to_hub: The Hub does not know this token." in printed
+
+
+def test_a_token_that_only_reads(monkeypatch):
+    user = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "read"}}}
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: user)
+    with pytest.raises(UserError, match="token can only read"):
+        hub.make_repository("me/x", token="hf_read")
+
+
+def test_two_ranks_push_once(loopback, wuerstchen, tmp_path):
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    words = flags(wuerstchen, tmp_path / "both", push_to_hub=True, train_batch_size=2)
+    words += ["--max_train_steps=1", f"--hub_token={loopback.token}", "--hub_private"]
+    variables = {**loopback.variables, "HF_TOKEN": ""}
+    _, printed = command(sys.executable, *agent, *words, **variables)
+    assert [repo for repo, _, _ in loopback.commits].count("me/both") == 1
+    assert "me/both" in loopback.private and loopback.token not in printed
