@@ -6,6 +6,7 @@ import sys
 
 from minwurst import cost
 from minwurst.config import LoRASettings, parse
+from minwurst.sample import SampleSettings
 from tests.conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,10 +39,14 @@ def test_the_memory_table_is_what_its_command_prints(capsys):
 
 def test_its_commands_parse():
     text = README.replace("\\\n", " ").replace("=$DATASET_NAME", "=owner/name")
-    found = re.findall(r"(?<!/)(?:train|lora)\.py((?: +--[\w=\"./-]+)+)", text)
-    assert len(found) >= 8
-    for words in (words for words in found if "--help" not in words):
-        parse(LoRASettings, ["--train_data_dir=x", *shlex.split(words)])
+    flag = r' +--[\w=\"./-]+(?: +(?:[\w/.]+|\"[^\"]+\")(?![\w`]))*'
+    found = re.findall(rf"(?<!/)(train\.py|lora\.py|minwurst\.sample)((?:{flag})+)", text)
+    assert len(found) >= 12
+    for program, words in found:
+        if "--help" not in words:
+            kind = SampleSettings if program == "minwurst.sample" else LoRASettings
+            data = [] if kind is SampleSettings else ["--train_data_dir=x"]
+            parse(kind, [*data, *shlex.split(words)])
 
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):
