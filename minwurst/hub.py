@@ -170,8 +170,8 @@ CARD = """---
 
 # {name}
 
-{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637) ({base}),
-trained on {data} with minwurst.
+{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), starting from
+{base}, trained with minwurst on {data}.
 
 {pictures}
 
@@ -200,16 +200,16 @@ from transformers import CLIPTextModel, CLIPTokenizerFast
 stage_c = sys.modules[WuerstchenPriorPipeline.__module__]
 stages_b_and_a = sys.modules[WuerstchenDecoderPipeline.__module__]
 prior = WuerstchenPriorPipeline(
-    prior=stage_c.WuerstchenPrior.from_pretrained({prior!r}, subfolder={subfolder!r}),
-    text_encoder=CLIPTextModel.from_pretrained({text!r}, subfolder="text_encoder"),
-    tokenizer=CLIPTokenizerFast.from_pretrained({text!r}, subfolder="tokenizer"),
+    prior=stage_c.WuerstchenPrior.from_pretrained("{prior}", subfolder={subfolder}),
+    text_encoder=CLIPTextModel.from_pretrained("{text}", subfolder="text_encoder"),
+    tokenizer=CLIPTokenizerFast.from_pretrained("{text}", subfolder="tokenizer"),
     scheduler=DDPMWuerstchenScheduler(),
 )
 {lora}decoder = WuerstchenDecoderPipeline(
-    decoder=stages_b_and_a.WuerstchenDiffNeXt.from_pretrained({decoder!r}, subfolder="decoder"),
-    vqgan=stages_b_and_a.PaellaVQModel.from_pretrained({decoder!r}, subfolder="vqgan"),
-    text_encoder=CLIPTextModel.from_pretrained({decoder!r}, subfolder="text_encoder"),
-    tokenizer=CLIPTokenizerFast.from_pretrained({decoder!r}, subfolder="tokenizer"),
+    decoder=stages_b_and_a.WuerstchenDiffNeXt.from_pretrained("{decoder}", subfolder="decoder"),
+    vqgan=stages_b_and_a.PaellaVQModel.from_pretrained("{decoder}", subfolder="vqgan"),
+    text_encoder=CLIPTextModel.from_pretrained("{decoder}", subfolder="text_encoder"),
+    tokenizer=CLIPTokenizerFast.from_pretrained("{decoder}", subfolder="tokenizer"),
     scheduler=DDPMWuerstchenScheduler(),
 )
 if torch.cuda.is_available():
@@ -221,7 +221,7 @@ latents = prior(prompt, {side}, {side}, timesteps=times, guidance_scale=4.0).ima
 decoder(latents, prompt).images[0].save("picture.png")"""
 
 LORA_LINE = """# The next line needs PEFT: pip install peft
-prior.load_lora_weights({repository!r}, weight_name={file!r})
+prior.load_lora_weights("{repository}", weight_name="{file}")
 """
 
 # Settings the card always names, and those it never does: places, logs and the upload itself.
@@ -251,7 +251,7 @@ def card(folder, repository, files):
         tags=["wuerstchen", "minwurst", *(["lora"] if adapter else [])],
     )
     prompts = settings["validation_prompts"] or ["a bear"]
-    listed = "; ".join(f"“{prompt}”" for prompt in prompts)
+    listed = "; ".join(f"“{' '.join(prompt.split())}”" for prompt in prompts)
     defaults = {field.name: field.default for field in dataclasses.fields(LoRASettings)}
     told = {
         name: value
@@ -284,12 +284,13 @@ def snippet(repository, settings, prompt, adapter):
     """Python that draws a picture with what was pushed; it needs diffusers, not this project."""
     base = settings["pretrained_prior_model_name_or_path"]
     decoder = settings["pretrained_decoder_model_name_or_path"]
+    named = base if on_the_hub(base) else "THE/BASE"  # a folder's name is nobody's business
     alone = adapter and models.is_prior_alone(models.locate("prior", base, settings["cache_dir"]))
     side = int(FullDecoder.cells(settings["resolution"] // 32) * 42.67)
     return SNIPPET.format(
-        prior=base if adapter else repository,
-        subfolder=None if alone else "prior",
-        text=models.COMPLETE if alone else base if adapter else repository,
+        prior=named if adapter else repository,
+        subfolder="None" if alone else '"prior"',
+        text=models.COMPLETE if alone else named if adapter else repository,
         lora=LORA_LINE.format(repository=repository, file=lora.FILE) if adapter else "",
         decoder=decoder if on_the_hub(decoder) else Settings.pretrained_decoder_model_name_or_path,
         prompt=prompt,

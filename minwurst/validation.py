@@ -89,14 +89,18 @@ class Draw:
                 found.append(self.decode(x, prompt, noise))
         title = f"step {step}" if step else "before training"
         sheet = pictures.grid(found, self.prompts, title)
-        self.folder.mkdir(exist_ok=True)
-        file = self.folder / f"step-{step:06}.png"
-        sheet.save(file)
         self.log.picture(step, "validation", sheet)
-        if step and (self.folder / self.FIRST).is_file():
-            with Image.open(self.folder / self.FIRST) as first:
-                pictures.stack([first, sheet]).save(self.folder / self.BOTH)
-        report.say(f"pictures: {file}")
+        file = self.folder / f"step-{step:06}.png"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            sheet.save(file)
+            if step and (self.folder / self.FIRST).is_file():
+                with Image.open(self.folder / self.FIRST) as first:
+                    pictures.stack([first, sheet]).save(self.folder / self.BOTH)
+        except OSError as error:  # a full disk, say: no reason to stop training
+            report.say(f"{file} was not written: {error}")
+        else:
+            report.say(f"pictures: {file}")
 
 
 def draw_latents(prior, autocast, captions, *, seed, place, cells, guidance=4.0):
