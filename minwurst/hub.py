@@ -170,8 +170,8 @@ CARD = """---
 
 # {name}
 
-{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), starting from
-{base}, trained with minwurst on {data}.
+{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), from
+{base} on, trained with minwurst on {data}.
 
 {pictures}
 
