@@ -238,3 +238,10 @@ def test_the_model_is_put_back():
         assert not model.training
         raise RuntimeError
     assert model.training
+
+
+def test_pictures_that_can_not_be_written_stop_nothing(wuerstchen, tmp_path, capsys):
+    (tmp_path / "validation").write_text("a file where the folder should be")
+    train_here(wuerstchen, tmp_path, **looking(wuerstchen, max_train_steps=1))
+    assert "step-000001.png was not written: " in capsys.readouterr().out
+    assert (tmp_path / "prior_pipeline").is_dir()
