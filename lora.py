@@ -177,8 +177,9 @@ def main(settings):
     )  # fmt: skip
     public, log_folder = config.public(settings), output_dir / settings.logging_dir
     run = dist.on_main(
-        write_run, output_dir / "run.json", public, identity, last_step, device, resumed
-    )
+        write_run, output_dir / "run.json", public, identity, hub.published(public, prior_folder),
+        max(last_step, state["step"]), device, resumed,
+    )  # fmt: skip
     project = settings.tracker_project_name
     trackers = make_trackers(settings.report_to, log_folder, steps.start, project, run)
     log = Log(trackers, every=settings.logging_steps, steps=steps, global_batch=global_batch)

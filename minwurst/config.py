@@ -233,6 +233,10 @@ class Settings:
         for name in ("adam_beta1", "adam_beta2", "validation_split"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be below 1.")
+        for name, value in vars(self).items():
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and text != text.encode(errors="ignore").decode():
+                    raise UserError(f"--{name} holds bytes that are no text in UTF-8.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
             raise UserError("--learning_rate must be above 1e-7, where polynomial schedules end.")
         if self.resolution < 32 or self.resolution % 32:
@@ -274,6 +278,8 @@ def parse(kind, argv=None):
         flag = unknown[0].split("=")[0]  # without its value, which may be a secret
         near = difflib.get_close_matches(flag, names, n=1)
         hint = f"did you mean {near[0]}?" if near else "see --help."
+        if not flag.startswith("--"):
+            parser.error("a word stands where no flag takes one; see --help.")
         parser.error(f"{flag} is not known; {hint}")
     settings = kind(**vars(known))
     settings.check()

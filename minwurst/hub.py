@@ -10,8 +10,9 @@ byte. Its model_index.json names the parts as the Hub's own repositories do, und
 """
 
 import argparse
-import dataclasses
 import json
+import re
+import shlex
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from huggingface_hub.errors import (
 
 from minwurst import lora, models, report
 from minwurst.checkpoint import put_in_place
-from minwurst.config import LoRASettings, Settings, UserError
+from minwurst.config import LoRASettings, Settings, UserError, public
 from minwurst.pictures import FullDecoder
 from minwurst.validation import Draw
 
@@ -66,30 +67,37 @@ def export_prior(folder, prior, text_folder):
     put_in_place(draft, folder)
 
 
+def clean(token):
+    """The token without the blanks of the file it came from; UserError where it can be none."""
+    token = (token or huggingface_hub.get_token() or "").strip()
+    if not token:
+        raise UserError("The Hub knows no login here. Run `hf auth login`, or set HF_TOKEN.")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError("The Hub's token holds characters that no token has. Copy it once more.")
+    return token
+
+
 def make_repository(name, private=False, token=None):
     """Make a model repository, or find one's own of this name. Returns its full name.
 
     token: None takes HF_TOKEN or what `hf auth login` left. UserError says why it can't be pushed
     to: no login, a wrong token, one that only reads, somebody else's repository.
     """
-    if not (token or huggingface_hub.get_token()):
-        raise UserError("The Hub knows no login here. Run `hf auth login`, or set HF_TOKEN.")
-    api = huggingface_hub.HfApi(token=token)
+    api = huggingface_hub.HfApi(token=clean(token))
     try:
-        user = tried(api.whoami)
-        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
-        owner = name.split("/")[0] if "/" in name else user["name"]
-        if owner not in owners:  # an existing one would be found, and refuse the upload at the end
-            raise UserError(
-                f"--hub_model_id {name} is somebody else's: you can push to {', '.join(owners)}."
-            )
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise UserError("The Hub's token can only read. Make one that can write.")
+        # A foreign repository is "found" as well: only the check after it tells.
         made = tried(lambda: api.create_repo(name, private=private or None, exist_ok=True))
+        tried(lambda: api.auth_check(made.repo_id, write=True))
+        public = private and not tried(lambda: api.model_info(made.repo_id)).private
     except HFValidationError as error:
-        raise UserError(f"--hub_model_id {name} is no name for a repository: {error}") from None
+        raise UserError(f"{name} is no name for a repository: {error}") from None
     except (HTTPError, OSError) as error:
-        raise UserError(f"--push_to_hub: {reason(error)}") from None
+        raise UserError(f"No push to {name}: {reason(error)}") from None
+    if public:
+        raise UserError(
+            f"The repository {made.repo_id} is there already, and public. Make it private on its "
+            "page, name another one, or do not ask for a private one."
+        )
     return made.repo_id
 
 
@@ -100,7 +108,8 @@ def tried(call):
             return call()
         except (HTTPError, OSError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else 599
-            hopeless = status < 500 and status != 429 or isinstance(error, OfflineModeIsEnabled)
+            here = OfflineModeIsEnabled | PermissionError | FileNotFoundError
+            hopeless = status < 500 and status != 429 or isinstance(error, here)
             if hopeless or wait is None:
                 raise
             report.say(f"The Hub: {reason(error)} Trying again in {wait} s.")
@@ -113,7 +122,9 @@ def reason(error):
     if status == 401:
         return "The Hub does not know this token. Run `hf auth login`, or set HF_TOKEN."
     if status == 403:
-        return "The Hub does not let this token write there."
+        return "It is somebody else's, or the token may not write."
+    if not isinstance(error, OSError | ValueError):  # it can quote the request, token and all
+        return f"{type(error).__name__} on the way to the Hub."
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -129,23 +140,35 @@ def push(folder, repository, token=None):
     folder: the run's output folder. UserError, with the command that tries again, where it fails.
     """
     folder = Path(folder)
-    files = results(folder)
-    operations = [huggingface_hub.CommitOperationAdd(path, file) for path, file in files.items()]
-    text = card(folder, repository, files).encode()
-    operations.append(huggingface_hub.CommitOperationAdd("README.md", text))
-    api = huggingface_hub.HfApi(token=token)
+    run = read_run(folder)
+    files = results(folder, run)
+    text = card(run, repository, files).encode()
+    api = huggingface_hub.HfApi(token=clean(token))
     summary = f"{len(files)} files of a prior fine-tuned with minwurst"
     try:
+        add = huggingface_hub.CommitOperationAdd
+        operations = [add(path, file) for path, file in files.items()] + [add("README.md", text)]
         done = tried(lambda: api.create_commit(repository, operations, commit_message=summary))
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"Not pushed to {repository}: {reason(error)} The result is safe in {folder}. Push it "
-            f"again with: python -m minwurst.hub {folder} {repository}"
+            f"again with: {shlex.join(['python', '-m', 'minwurst.hub', str(folder), repository])}"
         ) from None
     report.say(f"pushed: {done.repo_url}")
 
 
-def results(folder):
+def read_run(folder):
+    """What a run wrote of itself into run.json."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return {key: run[key] for key in ("settings", "identity", "published", "steps", "starts")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is no run's --output_dir: its run.json can't be read ({error!r})."
+        ) from None
+
+
+def results(folder, run):
     """{path in the repository: file here}: all that is ever uploaded, besides the card."""
     pipeline = folder / "prior_pipeline"
     wanted = [pipeline / "model_index.json"]
@@ -159,7 +182,7 @@ def results(folder):
             f"{folder} holds no result: neither prior_pipeline/ nor {lora.FILE}. Name the "
             "--output_dir of a run that is done."
         )
-    if (folder / "validation" / Draw.BOTH).is_file():
+    if run["settings"]["validation_prompts"] and (folder / "validation" / Draw.BOTH).is_file():
         files[Draw.BOTH] = folder / "validation" / Draw.BOTH
     return files
 
@@ -170,8 +193,8 @@ CARD = """---
 
 # {name}
 
-{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), from
-{base} on, trained with minwurst on {data}.
+{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), trained with
+minwurst on {data}. It started from {base}.
 
 {pictures}
 
@@ -183,7 +206,8 @@ CARD = """---
 
 ## Training
 
-{steps} steps of {global_batch} pictures on {device}, with torch {torch} and diffusers {diffusers}.
+Steps: {steps}, of {global_batch} pictures each, on {device}, with torch {torch} and diffusers
+{diffusers}.
 
 | setting | value |
 |---|---|
@@ -220,7 +244,7 @@ times = stage_c.DEFAULT_STAGE_C_TIMESTEPS
 latents = prior(prompt, {side}, {side}, timesteps=times, guidance_scale=4.0).image_embeddings
 decoder(latents, prompt).images[0].save("picture.png")"""
 
-LORA_LINE = """# The next line needs PEFT: pip install peft
+LORA_LINE = """{advice}# The next line needs PEFT: pip install peft
 prior.load_lora_weights("{repository}", weight_name="{file}")
 """
 
@@ -236,23 +260,37 @@ NEVER = {
 }  # fmt: skip
 
 
-def card(folder, repository, files):
+def published(settings, prior_folder):
+    """What of a run's names may stand in a card: those of Hub repositories, and of no folder here.
+
+    settings: by name. Told now, because a name that is a folder's here is none elsewhere.
+    """
+    names = {
+        "base": settings["pretrained_prior_model_name_or_path"],
+        "decoder": settings["pretrained_decoder_model_name_or_path"],
+        "data": settings["dataset_name"],
+    }
+    for part, name in names.items():
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name or "") or Path(name).exists():
+            names[part] = None
+    return {**names, "prior_alone": models.is_prior_alone(prior_folder)}
+
+
+def card(run, repository, files):
     """The model card for what `results` found: metadata, pictures, how to use it, settings."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    settings = run["settings"]
-    base, data = settings["pretrained_prior_model_name_or_path"], settings["dataset_name"]
+    settings, base, data = run["settings"], run["published"]["base"], run["published"]["data"]
     adapter = lora.FILE in files
     metadata = huggingface_hub.ModelCardData(
-        license="mit" if base.startswith("warp-ai/") else None,
-        base_model=base if on_the_hub(base) else None,
-        datasets=[data] if on_the_hub(data) else None,
+        license="mit" if (base or "").startswith("warp-ai/") else None,
+        base_model=base,
+        datasets=[data] if data else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["wuerstchen", "minwurst", *(["lora"] if adapter else [])],
     )
     prompts = settings["validation_prompts"] or ["a bear"]
     listed = "; ".join(f"“{' '.join(prompt.split())}”" for prompt in prompts)
-    defaults = {field.name: field.default for field in dataclasses.fields(LoRASettings)}
+    defaults = public(LoRASettings())
     told = {
         name: value
         for name, value in settings.items()
@@ -262,12 +300,12 @@ def card(folder, repository, files):
         metadata=metadata.to_yaml(),
         name=repository.split("/")[-1],
         what=f"A LoRA of rank {settings['rank']} for" if adapter else "All weights of",
-        base=f"`{base}`" if on_the_hub(base) else "a base that is not on the Hub",
-        data=f"`{data}`" if on_the_hub(data) else "captioned pictures",
+        base=f"`{base}`" if base else "a base that is not on the Hub",
+        data=f"`{data}`" if data else "captioned pictures",
         pictures=f"![before and after training]({Draw.BOTH})\n\nPrompts: {listed}"
         if Draw.BOTH in files
         else "",
-        snippet=snippet(repository, settings, prompts[0], adapter),
+        snippet=snippet(repository, run, prompts[0], adapter),
         settings="\n".join(f"| {name} | {value} |" for name, value in told.items()),
         global_batch=run["identity"]["global_batch"],
         steps=run["steps"],
@@ -275,24 +313,20 @@ def card(folder, repository, files):
     )
 
 
-def on_the_hub(name):
-    """Whether a name is a repository's and no folder's."""
-    return bool(name) and not Path(name).exists() and name.count("/") == 1
-
-
-def snippet(repository, settings, prompt, adapter):
+def snippet(repository, run, prompt, adapter):
     """Python that draws a picture with what was pushed; it needs diffusers, not this project."""
-    base = settings["pretrained_prior_model_name_or_path"]
-    decoder = settings["pretrained_decoder_model_name_or_path"]
-    named = base if on_the_hub(base) else "THE/BASE"  # a folder's name is nobody's business
-    alone = adapter and models.is_prior_alone(models.locate("prior", base, settings["cache_dir"]))
-    side = int(FullDecoder.cells(settings["resolution"] // 32) * 42.67)
+    names = run["published"]
+    base, alone = names["base"] or "THE/BASE", adapter and names["prior_alone"]
+    side = int(FullDecoder.cells(run["settings"]["resolution"] // 32) * 42.67)
+    advice = "" if names["base"] else "# Name the base in place of THE/BASE: a folder will do.\n"
     return SNIPPET.format(
-        prior=named if adapter else repository,
+        prior=base if adapter else repository,
         subfolder="None" if alone else '"prior"',
-        text=models.COMPLETE if alone else named if adapter else repository,
-        lora=LORA_LINE.format(repository=repository, file=lora.FILE) if adapter else "",
-        decoder=decoder if on_the_hub(decoder) else Settings.pretrained_decoder_model_name_or_path,
+        text=models.COMPLETE if alone else base if adapter else repository,
+        lora=LORA_LINE.format(repository=repository, file=lora.FILE, advice=advice)
+        if adapter
+        else "",
+        decoder=names["decoder"] or Settings.pretrained_decoder_model_name_or_path,
         prompt=prompt,
         side=side,
     )
@@ -306,7 +340,7 @@ def main():
     parser.add_argument("--private", action="store_true", help="private, where it has to be made")
     given = parser.parse_args()
     try:
-        results(Path(given.folder))
+        results(Path(given.folder), read_run(Path(given.folder)))
         push(given.folder, make_repository(given.repository, given.private))
     except UserError as error:
         sys.exit(f"minwurst.hub: {error}")

@@ -67,14 +67,14 @@ def text_folder(folder, cache_dir=None):
     return Path(folder)
 
 
-def check_parts(prior_folder, text, encoder_folder):
+def check_parts(prior_folder, text, encoder_folder=None):
     """UserError names the first part that is missing. It takes no time: do it before what does."""
-    for folder, file in (
+    needed = [
         (prior_folder, prior_part(prior_folder).relative_to(prior_folder) / "config.json"),
         (text, "text_encoder/config.json"),
         (text, "tokenizer/tokenizer_config.json"),
-        (encoder_folder, "config.json"),
-    ):
+    ]
+    for folder, file in [*needed, (encoder_folder, "config.json")] if encoder_folder else needed:
         if not (Path(folder) / file).is_file():
             raise UserError(f"{folder} is no whole Würstchen: {file} is missing in it.")
 
@@ -165,7 +165,8 @@ def check_fit(prior, text_encoder, image_encoder):
 def tell_cut(tokenizer, prompts):
     """Say which prompts are longer than the text encoder reads."""
     for prompt in prompts:
-        count, most = len(tokenizer(prompt).input_ids), tokenizer.model_max_length
+        count = len(tokenizer(prompt, verbose=False).input_ids)
+        most = tokenizer.model_max_length
         if count > most:
             report.say(f"The prompt “{prompt[:40]}…” has {count} tokens; only {most} are read.")
 

@@ -49,7 +49,7 @@ class FullDecoder:
         try:
             yield
         finally:
-            self.pipeline.to("cpu")
+            self.pipeline.to("cpu", silence_dtype_warnings=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -57,7 +57,8 @@ class FullDecoder:
         """One picture, RGB. latents: (1, 16, h, w) as the prior has them. generator: for noise."""
         embedded = diffusion.unscale_latents(latents)
         embedded = embedded.to(self.device, self.pipeline.decoder.dtype)
-        return self.pipeline(embedded, prompt, generator=generator).images[0]
+        with pipelines.quietly():  # that a long prompt is cut has been said once
+            return self.pipeline(embedded, prompt, generator=generator).images[0]
 
 
 class PreviewDecoder:
@@ -116,12 +117,9 @@ def grid(pictures, captions, title=None, columns=4):
     """One picture of many, each with its caption beneath, row by row under the title."""
     side = min(512, max(192, max(max(picture.size) for picture in pictures)))
     columns = -(-len(pictures) // -(-len(pictures) // columns))  # rows of equal length
-    font = ImageFont.load_default(side // 20 + 4)
+    font = font_for("".join(captions), side // 20 + 4)
     line, gap = font.size * 5 // 4, side // 24
-    letters = int(side / font.getlength("abcdefghijklmnopqrstuvwxyz") * 26)
-    texts = [
-        textwrap.wrap(caption, letters, max_lines=3, placeholder=" …") for caption in captions
-    ]
+    texts = [wrap(caption, font, side) for caption in captions]
     beneath = gap // 2 + line * max(len(text) for text in texts)
     above = gap + line if title else 0
     rows = -(-len(pictures) // columns)
@@ -138,6 +136,25 @@ def grid(pictures, captions, title=None, columns=4):
         sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x, y))
         pen.multiline_text((x, y + side + gap // 2), "\n".join(text), "black", font)
     return sheet
+
+
+def font_for(text, size):
+    """Pillow's own font; for letters it lacks, one of the system's where there is one."""
+    others = [] if text.isascii() else ["NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial.ttf"]
+    for name in others:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+def wrap(text, font, width, lines=3):
+    """The text in at most so many lines of at most `width` pixels, cut where it has more."""
+    letters = max(1, int(width / font.getlength("n")))
+    while True:
+        found = textwrap.wrap(text, letters, max_lines=lines, placeholder=" …"[-letters:])
+        if letters == 1 or all(font.getlength(line) <= width for line in found):
+            return found
+        letters -= 1
 
 
 def stack(sheets):

@@ -88,9 +88,16 @@ def check_trackers(report_to):
         return
     import wandb
 
-    if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+    try:
+        known = wandb.setup().settings.mode != "online" or wandb.login(prompt=False)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError, ValueError):
+        known = False
+    except wandb.errors.Error as error:  # a server that is down; the tracker will be left out
+        say(f"wandb: {error}")
+        known = True
+    if not known:
         raise UserError(
-            f"--report_to {report_to}: wandb knows no login. Run `wandb login`, or set "
+            f"--report_to {report_to}: wandb knows no login that holds. Run `wandb login`, or set "
             "WANDB_API_KEY, or WANDB_MODE=offline to log to the disk alone."
         )
 
@@ -103,11 +110,16 @@ def make_trackers(report_to, folder, first_step, project, run):
     if not dist.is_main() or report_to == "none":
         return []
     folder.mkdir(parents=True, exist_ok=True)  # else wandb writes to a temporary one
-    trackers = []
+    trackers, wanted = [], []
     if report_to in ("tensorboard", "all"):
-        trackers.append(TensorBoard(folder, first_step))
+        wanted.append((TensorBoard, folder, first_step))
     if report_to == "wandb" or report_to == "all" and importlib.util.find_spec("wandb"):
-        trackers.append(WandB(folder, project, run["id"], run["settings"]))
+        wanted.append((WandB, folder, project, run["id"], run["settings"]))
+    for kind, *options in wanted:
+        try:
+            trackers.append(kind(*options))
+        except Exception as error:  # a server that is down is not worth a run
+            say(f"{kind.__name__} did not start and is left out: {error}")
     return trackers
 
 
@@ -189,13 +201,17 @@ def peak_memory(device):
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
 
 
-def write_run(file, settings, identity, steps, device, resumed):
+def write_run(file, settings, identity, published, steps, device, resumed):
     """Write run.json, what another person needs to repeat the run, and return what is in it.
 
     settings: as `config.public` gives them, hence without a token. identity: what makes it this
-    run. steps: in all. A resumed run keeps its id and adds a line to its starts.
+    run. published: as `hub.published` gives it. steps: in all. A resumed run keeps its id and adds
+    a line to its starts.
     """
-    known = json.loads(file.read_text(encoding="utf-8")) if resumed and file.is_file() else {}
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if resumed else {}
+    except (OSError, ValueError):  # of no use any more, and nothing that training needs
+        known = {}
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resumed_from": resumed.name if resumed else None,
@@ -208,10 +224,13 @@ def write_run(file, settings, identity, steps, device, resumed):
         "id": known.get("id") or secrets.token_hex(4),
         "settings": settings,
         "identity": identity,
+        "published": published,
         "steps": steps,
         "starts": [*known.get("starts", []), start],
     }
-    file.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft = file.with_name(f".{file.name}.part")
+    draft.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(file)
     return run
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from minwurst import checkpoint, config, dist, draws, lora, models, pictures, pipelines, report
+from minwurst import checkpoint, config, dist, draws, hub, lora, models, pictures, pipelines, report
 from minwurst.config import Settings, UserError, setting
 from minwurst.validation import draw_latents
 
@@ -73,10 +73,13 @@ class SampleSettings:
             raise UserError(f"--output {self.output}: its name must end in .png.")
 
 
-def of_a_run(folder):
-    """The settings of the run in an output folder, from its run.json; {} where it is none."""
-    file = Path(folder or "") / "run.json"
-    return json.loads(file.read_text(encoding="utf-8"))["settings"] if file.is_file() else {}
+def of_a_run(place):
+    """The settings of the run whose output folder, or file in it, this is; {} where it is none."""
+    if not place:
+        return {}
+    folder = Path(place).parent if Path(place).is_file() else Path(place)
+    file = folder / "run.json"
+    return hub.read_run(folder)["settings"] if file.is_file() else {}
 
 
 def main(settings):
@@ -94,6 +97,7 @@ def main(settings):
         prior_name = Path(prior_name) / "prior_pipeline"
     prior_folder = models.locate("prior", str(prior_name), settings.cache_dir)
     text_folder = models.text_folder(prior_folder, settings.cache_dir)
+    models.check_parts(prior_folder, text_folder)
     decoder = given("pretrained_decoder_model_name_or_path", "decoder")
     decoder_folder = models.locate("decoder", decoder, settings.cache_dir)
     pipelines.check_decoder(decoder_folder)
@@ -122,9 +126,9 @@ def main(settings):
     scales = settings.lora_scale if settings.lora else [None]
     wanted = [
         (scale, prompt, number)
-        for scale in scales
         for prompt in settings.prompt
         for number in range(settings.num_images)
+        for scale in scales
     ]
     latents = []
     for scale, prompt, number in report.progress(wanted, "pictures"):
@@ -146,7 +150,7 @@ def main(settings):
 
 
 def write(drawn, wanted, settings):
-    """Write the pictures, and of several the grid: a row a scale where there are several scales."""
+    """Write the pictures, and of several the grid: with several scales, side by side in a row."""
     output = Path(settings.output)
     names = [output]
     if len(drawn) > 1:
@@ -154,8 +158,8 @@ def write(drawn, wanted, settings):
         captions = [
             prompt if scale is None else f"{prompt} · LoRA {scale:g}" for scale, prompt, _ in wanted
         ]
-        columns = len(wanted) // len(settings.lora_scale)
-        sheet = pictures.grid(drawn, captions, columns=columns if columns < len(drawn) else 4)
+        scales = len(settings.lora_scale)
+        sheet = pictures.grid(drawn, captions, columns=scales if scales > 1 else 4)
         sheet.save(output)
     for picture, name, (scale, prompt, number) in zip(drawn, names, wanted, strict=True):
         facts = PngInfo()  # so that a picture tells how it was made

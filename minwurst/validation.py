@@ -8,9 +8,11 @@ no number from the streams that training draws from, so training goes on as if n
 """
 
 import contextlib
+import json
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from minwurst import cost, data, diffusion, dist, draws, pictures, report
 
@@ -93,10 +95,16 @@ class Draw:
         file = self.folder / f"step-{step:06}.png"
         try:
             self.folder.mkdir(exist_ok=True)
-            sheet.save(file)
-            if step and (self.folder / self.FIRST).is_file():
+            written = PngInfo()
+            written.add_itxt("prompts", json.dumps(self.prompts))
+            sheet.save(file, pnginfo=written)
+            both = self.folder / self.BOTH
+            if not step:
+                both.unlink(missing_ok=True)  # an earlier run's
+            elif (self.folder / self.FIRST).is_file():
                 with Image.open(self.folder / self.FIRST) as first:
-                    pictures.stack([first, sheet]).save(self.folder / self.BOTH)
+                    same = first.text.get("prompts") == json.dumps(self.prompts)
+                    pictures.stack([first, sheet] if same else [sheet]).save(both)
         except OSError as error:  # a full disk, say: no reason to stop training
             report.say(f"{file} was not written: {error}")
         else:

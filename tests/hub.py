@@ -154,6 +154,9 @@ class Handler(BaseHTTPRequestHandler):
         if hidden or not self.folder.is_dir():
             raise Refused(404, "Repository not found", "RepoNotFound")
         self.extra["X-Repo-Commit"] = sha = oid(self.folder)
+        if verb == "auth-check":
+            self.check_writer(self.repo)
+            return 200, {}
         if revision not in (None, "main", sha):
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         if verb == "resolve":

@@ -158,7 +158,7 @@ save_file({
 @pytest.fixture(scope="module")
 def finished(wuerstchen, tmp_path_factory):
     """The output folder of a run that was not asked to push."""
-    return train_here(wuerstchen, tmp_path_factory.mktemp("finished") / "run", "lora.py")
+    return train_here(wuerstchen, tmp_path_factory.mktemp("finished") / "a run", "lora.py")
 
 
 def again(loopback, folder, repository, *words, **more):
@@ -185,42 +185,98 @@ def test_a_push_that_fails_can_be_made_again(loopback, finished):
     said = printed.splitlines()[-1]
     assert "Not pushed to me/later" in said and f"The result is safe in {finished}." in said
     assert not (loopback.files("me/later") / lora.FILE).exists() and "me/later" in loopback.private
-    words = said.split("python -m minwurst.hub ")[1].split()
+    words = shlex.split(said.split("python -m minwurst.hub ")[1])
     code, printed = again(loopback, *words)
     assert code == 0 and "pushed: " in printed
     assert (loopback.files("me/later") / lora.FILE).is_file()
 
 
-def test_no_result_no_push(loopback, tmp_path):
-    code, printed = again(loopback, tmp_path, "me/empty")
-    assert code == 1 and f"{tmp_path} holds no result" in printed
+def test_no_result_no_push(finished, tmp_path):
+    with pytest.raises(UserError, match="is no run's --output_dir: its run.json can't be read"):
+        hub.push(tmp_path, "me/empty", "hf_any")
+    (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
+    with pytest.raises(UserError, match="holds no result"):
+        hub.push(tmp_path, "me/empty", "hf_any")
+
+
+def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
+    """Wherever it is written: what was a folder for the run is no repository later."""
+    monkeypatch.chdir(tmp_path)
+    run = hub.read_run(finished)
+    run["settings"] |= {"dataset_name": "secret/client", "validation_prompts": ["a | 'b'\n{c} `"]}
+    assert run["published"] == {
+        "base": None, "decoder": "warp-ai/wuerstchen", "data": None, "prior_alone": False,
+    }  # fmt: skip
+    text = hub.card(run, "me/x", hub.results(finished, run))
+    assert "secret" not in text and str(finished.parent) not in text
+    assert "Name the base in place of THE/BASE" in text and "lora_targets" not in text
+    compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "snippet", "exec")
+    settings = {
+        "pretrained_prior_model_name_or_path": "/data",
+        "pretrained_decoder_model_name_or_path": "owner/name", "dataset_name": "here/it_is",
+    }  # fmt: skip
+    (tmp_path / "here/it_is").mkdir(parents=True)
+    told = hub.published(settings, finished)
+    assert (told["base"], told["decoder"], told["data"]) == (None, "owner/name", None)
+
+
+@pytest.fixture
+def asked_here(loopback, monkeypatch):
+    """This process asks the loopback Hub, without waiting between tries."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", loopback.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "WAITS", (0,))
+    monkeypatch.setenv("HF_TOKEN", loopback.token)
+    return loopback
 
 
 @pytest.mark.parametrize(
     ("name", "token", "said"),
     [
-        ("someone/else", "TOKEN", "--hub_model_id someone/else is somebody else's: you can push"),
-        (
-            "me/x",
-            "hf_wrong",
-            "--push_to_hub: The Hub does not know this token. Run `hf auth login`",
-        ),
+        ("someone/else", "TOKEN", "No push to someone/else: It is somebody else's, or the token"),
+        ("me/x", "hf_wrong", "No push to me/x: The Hub does not know this token. Run `hf auth"),
         ("me/x", "", "The Hub knows no login here. Run `hf auth login`"),
-        ("me/x y", "TOKEN", "--hub_model_id me/x y is no name for a repository"),
+        ("me/x", "hf_tökén", "The Hub's token holds characters that no token has"),
+        ("me/x y", "TOKEN", "me/x y is no name for a repository"),
     ],
 )
-def test_repositories_that_can_not_be_pushed_to(loopback, monkeypatch, name, token, said):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", loopback.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_HOME", str(loopback.folder / "nobody"))
-    monkeypatch.setenv("HF_TOKEN", token.replace("TOKEN", loopback.token))
+def test_repositories_that_can_not_be_pushed_to(asked_here, monkeypatch, capsys, name, token, said):
+    monkeypatch.setenv("HF_TOKEN", "")
+    token = token.replace("TOKEN", asked_here.token)
     with pytest.raises(UserError, match=re.escape(said)):
-        hub.make_repository(name)
+        hub.make_repository(name, token=token)
+    assert "Trying again" not in capsys.readouterr().out
+
+
+def test_a_token_may_end_in_a_blank(asked_here):
+    assert hub.make_repository("blank", token=f" {asked_here.token}\r\n") == "me/blank"
+
+
+def test_an_existing_repository_one_may_not_write_to(asked_here):
+    """Making it is answered "it exists"; only the check of the right to write tells."""
+    hub.make_repository("me/there")
+    asked_here.answer(403, path="/auth-check/write")
+    with pytest.raises(UserError, match="No push to me/there: It is somebody else's, or the token"):
+        hub.make_repository("me/there")
+
+
+def test_private_is_not_made_public_in_silence(asked_here):
+    hub.make_repository("me/open")
+    with pytest.raises(UserError, match="me/open is there already, and public"):
+        hub.make_repository("me/open", private=True)
+    assert hub.make_repository("me/shut", private=True) == "me/shut"
+    assert hub.make_repository("me/shut", private=True) == "me/shut"
 
 
 def test_without_the_hub_no_push_is_begun(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_any")
-    with pytest.raises(UserError, match="--push_to_hub: OfflineModeIsEnabled"):
+    with pytest.raises(UserError, match="No push to me/x: OfflineModeIsEnabled"):
+        hub.make_repository("me/x")
+
+
+def test_a_dropped_connection_is_told_without_the_request(asked_here):
+    asked_here.answer(0, times=2, path="/api/repos/create")
+    with pytest.raises(UserError, match=r"No push to me/x: \w+Error on the way to the Hub\.$"):
         hub.make_repository("me/x")
 
 
@@ -229,14 +285,7 @@ def test_a_wrong_token_is_said_first(loopback, tmp_path):
     words = flags("nowhere", tmp_path / "out", train_data_dir="nowhere", push_to_hub=True)
     code, printed = run(["train.py", *words], tmp_path, loopback, HF_TOKEN="hf_wrong")
     assert code == 2 and "Traceback" not in printed
-    assert "train.py: --push_to_hub: The Hub does not know this token." in printed
-
-
-def test_a_token_that_only_reads(monkeypatch):
-    user = {"name": "me", "orgs": [], "auth": {"accessToken": {"role": "read"}}}
-    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: user)
-    with pytest.raises(UserError, match="token can only read"):
-        hub.make_repository("me/x", token="hf_read")
+    assert "The Hub does not know this token. Run `hf auth login`" in printed
 
 
 def test_two_ranks_push_once(loopback, wuerstchen, tmp_path):
@@ -247,3 +296,5 @@ def test_two_ranks_push_once(loopback, wuerstchen, tmp_path):
     _, printed = command(sys.executable, *agent, *words, **variables)
     assert [repo for repo, _, _ in loopback.commits].count("me/both") == 1
     assert "me/both" in loopback.private and loopback.token not in printed
+    files = [file for file in (tmp_path / "both").rglob("*") if file.is_file()]
+    assert not [file for file in files if loopback.token.encode() in file.read_bytes()]

@@ -101,8 +101,37 @@ def test_a_grid_holds_every_picture_and_its_words():
     plain = np.asarray(pictures.grid(tiles[:1], [""])).min(axis=2)
     written = np.asarray(pictures.grid(tiles[:1], ["what it shows"])).min(axis=2)
     assert (written[200:] < 128).sum() > (plain[200:] < 128).sum()
-    long = pictures.grid(tiles[:1], ["word " * 200])
-    assert long.width == pictures.grid(tiles[:1], ["word"]).width
+    two = pictures.grid(tiles[:2], ["first", "second one"])
+    for place, words in enumerate(["first", "second one"]):  # each under its own picture
+        one = pictures.grid([tiles[place]], [words])
+        left = 8 + place * 200
+        assert (
+            two.crop((left, 8, left + 192, two.height)).tobytes()
+            == one.crop((8, 8, 200, one.height)).tobytes()
+        )
+
+
+@pytest.mark.parametrize("text", ["word " * 200, "W" * 400, "", "x", "ёж и медведь", "熊" * 50])
+def test_captions_stay_under_their_picture(text):
+    tile = Image.new("RGB", (192, 192), "red")
+    sheet = np.asarray(pictures.grid([tile, tile], [text, ""]))
+    assert sheet.shape[1] == 408 and sheet.shape[0] < 300
+    assert (sheet[202:, 204:] == 255).all()  # nothing under the second
+
+
+def test_sampling_takes_what_it_lacks_from_the_run(wuerstchen, tmp_path, monkeypatch):
+    """From the folder, or the file in it; never from where one happens to stand."""
+    run = train_here(
+        wuerstchen, tmp_path / "run", "lora.py",
+        pretrained_decoder_model_name_or_path=wuerstchen / "decoder", resolution=96,
+    )  # fmt: skip
+    of_folder = sampled(tmp_path / "a", "--prompt=a bear", f"--lora={run}")
+    of_file = sampled(tmp_path / "b", "--prompt=a bear", f"--lora={run / lora.FILE}")
+    assert pixels(of_folder[0]) == pixels(of_file[0])
+    monkeypatch.chdir(run)
+    assert sample.of_a_run(None) == {}
+    with pytest.raises(UserError, match="prior/config.json is missing"):
+        sampled(tmp_path / "c", "--prompt=a bear", f"--prior={run}")
 
 
 def sampled(tmp_path, *words):
@@ -126,13 +155,15 @@ def test_scales_of_a_lora_side_by_side(wuerstchen, tmp_path):
     )  # fmt: skip
     words = ["--prompt", "a bear", "a car", f"--lora={run}", "--resolution=96"]
     found = [pixels(file) for file in sampled(tmp_path, *words, "--lora_scale", "0", "1")]
-    assert len(found) == 4 and (tmp_path / "out/x.png").is_file()
+    assert len(found) == 4
+    with Image.open(tmp_path / "out/x.png") as sheet:
+        assert sheet.width < sheet.height  # a row a prompt, a column a scale
     base = ["--prompt=a car", f"--prior={wuerstchen}", f"--decoder={wuerstchen / 'decoder'}"]
-    assert [found[1]] == [pixels(f) for f in sampled(tmp_path / "base", *base, "--resolution=96")]
-    assert found[3] != found[1]
+    assert [found[2]] == [pixels(f) for f in sampled(tmp_path / "base", *base, "--resolution=96")]
+    assert found[3] != found[2]
     lora.merge_files(run / lora.FILE, str(wuerstchen), tmp_path / "merged", 1.0)
     merged = sampled(tmp_path / "m", *words[:3], f"--prior={wuerstchen}", *base[2:], words[-1])
-    assert pixels(merged[1]) == found[1]
+    assert pixels(merged[1]) == found[2]
 
 
 def test_numbers_and_guidance(wuerstchen, tmp_path):

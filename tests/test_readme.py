@@ -39,7 +39,7 @@ def test_the_memory_table_is_what_its_command_prints(capsys):
 
 def test_its_commands_parse():
     text = README.replace("\\\n", " ").replace("=$DATASET_NAME", "=owner/name")
-    flag = r' +--[\w=\"./-]+(?: +(?:[\w/.]+|\"[^\"]+\")(?![\w`]))*'
+    flag = r" +--[\w=\"./-]+(?: +(?:[\w/.]+|\"[^\"]+\")(?![\w`]))*"
     found = re.findall(rf"(?<!/)(train\.py|lora\.py|minwurst\.sample)((?:{flag})+)", text)
     assert len(found) >= 12
     for program, words in found:

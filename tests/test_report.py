@@ -92,7 +92,7 @@ def test_the_token_is_nowhere(all_trackers):
     assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
 
 
-def test_the_token_is_in_no_traceback_and_no_listing(wuerstchen, tmp_path):
+def test_the_token_is_in_no_traceback_and_no_listing(wuerstchen, tmp_path, capsys):
     words = [*flags(wuerstchen, tmp_path), f"--hub_token={TOKEN}"]
     code = (
         "import sys, train\nfrom minwurst import config, data, dist, hub\n"
@@ -108,6 +108,11 @@ def test_the_token_is_in_no_traceback_and_no_listing(wuerstchen, tmp_path):
     status, printed = command(sys.executable, "train.py", *words, check=False)
     assert status == 2 and "--hub_tokn is not known; did you mean --hub_token?" in printed
     assert TOKEN not in printed
+    words[-1:] = ["--push_to_hub", TOKEN]
+    with pytest.raises(SystemExit):
+        config.parse(Settings, words)
+    printed = capsys.readouterr().err
+    assert "a word stands where no flag takes one" in printed and TOKEN not in printed
 
 
 def test_run_json_describes_the_run(wuerstchen, tmp_path):
@@ -120,6 +125,9 @@ def test_run_json_describes_the_run(wuerstchen, tmp_path):
     assert run["starts"][0] == first["starts"][0]
     assert run["starts"][0]["torch"] == torch.__version__
     assert run["settings"]["seed"] == 7 and len(run["identity"]["data"]) == 16
+    (tmp_path / "run.json").write_text("{ cut off")  # it stops no run
+    train_here(wuerstchen, tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2  # as far as it has come
     # Its settings are enough to repeat it.
     words = [f"--{name}={run['settings'][name]}" for name in ("seed", "resolution")]
     assert config.parse(Settings, ["--train_data_dir=x", *words]).resolution == 64
@@ -183,10 +191,31 @@ def test_wandb_not_installed(monkeypatch):
 
 def test_wandb_without_a_login_is_said_before_anything_is_loaded(wuerstchen, tmp_path):
     words = flags(wuerstchen, tmp_path / "out", report_to="wandb", train_data_dir="nowhere")
-    quiet = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
-    code, printed = command(sys.executable, "train.py", *words, check=False, **quiet)
-    assert code == 2 and "Traceback" not in printed
-    assert "train.py: --report_to wandb: wandb knows no login. Run `wandb login`" in printed
+    for key in ("", "no key at all"):
+        quiet = {"WANDB_MODE": "online", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+        code, printed = command(sys.executable, "train.py", *words, check=False, **quiet)
+        assert code == 2 and "Traceback" not in printed
+        assert "train.py: --report_to wandb: wandb knows no login that holds." in printed
+
+
+def test_a_tracker_that_does_not_start_is_left_out(tmp_path, monkeypatch, capsys):
+    def down(*_):
+        raise RuntimeError("the server is down")
+
+    monkeypatch.setattr(report.WandB, "__init__", down)
+    run = {"id": "0", "settings": {}}
+    trackers = report.make_trackers("all", tmp_path, 1, "project", run)
+    assert [type(tracker) for tracker in trackers] == [report.TensorBoard]
+    assert "WandB did not start and is left out: the server is down" in capsys.readouterr().out
+
+
+def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    report.TensorBoard(str(tmp_path), first_step=5).close()
+    (file,) = tmp_path.iterdir()
+    told = [event for event in EventFileLoader(str(file)).Load() if event.HasField("session_log")]
+    assert [event.step for event in told] == [5]
 
 
 def test_no_tracker_at_all(wuerstchen, tmp_path):

@@ -125,6 +125,15 @@ def test_before_and_after_survive_a_resumed_run(wuerstchen, tmp_path, capsys):
         assert both.crop((0, middle, both.width, both.height)).tobytes() == after.tobytes()
 
 
+def test_other_prompts_have_no_before(wuerstchen, tmp_path):
+    looks = looking(wuerstchen, max_train_steps=1)
+    train_here(wuerstchen, tmp_path, **looks)
+    more = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    train_here(wuerstchen, tmp_path, **{**looks, "validation_prompts": "a car", **more})
+    after, both = (tmp_path / f"validation/{name}.png" for name in ("step-000002", "before_after"))
+    assert Image.open(both).tobytes() == Image.open(after).tobytes()
+
+
 def test_epochs_set_when_it_is_due(wuerstchen, tmp_path, capsys):
     """56 rows, 6 of them held out: at 10 pictures a step, two epochs are 10 steps."""
     looks = {"validation_split": 0.1, "validation_epochs": 2, "train_batch_size": 10}
