@@ -16,6 +16,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 
 from minwurst import lora as adapters
 from minwurst import models
@@ -41,13 +42,16 @@ def load(prior, decoder="warp-ai/wuerstchen", dtype=torch.float32, lora=None, lo
 
 @contextlib.contextmanager
 def quietly():
-    """Within the context diffusers does not say that it no longer develops these pipelines."""
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
+    """Within the context nobody is told that these pipelines are old, or a prompt is long."""
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
     try:
         yield
     finally:
-        diffusers.utils.logging.set_verbosity(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
 
 
 def class_beside(pipeline, name):
