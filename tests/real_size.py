@@ -25,9 +25,10 @@ from tests import tiny
 def make(folder):
     """A random Würstchen of the published sizes in the Hub's layout."""
     rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
-    tokenizer = tiny.make_tokenizer(rows["text"])
+    tokenizer = tiny.make_tokenizer(rows["text"], size=700, length=77)
     tokenizer.save_pretrained(folder / "tokenizer")
-    tiny.make_text_encoder(tokenizer, width=1280).save_pretrained(folder / "text_encoder")
+    text_encoder = tiny.make_text_encoder(tokenizer, 1280, layers=2, heads=20)
+    text_encoder.save_pretrained(folder / "text_encoder")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
     EfficientNetEncoder().save_pretrained(folder / "image_encoder")
     tiny.make_prior(**cost.PUBLISHED).save_pretrained(folder / "prior")

@@ -18,9 +18,8 @@ def lines(name):
 
 def test_every_file_stands_in_the_table_with_its_lines():
     listed = dict(re.findall(r"^\| \[([\w/.]+)\].*\| (\d+) \|$", README, re.MULTILINE))
-    package = [f"minwurst/{path.name}" for path in (ROOT / "minwurst").glob("*.py")]
-    files = ["train.py", "lora.py", *package]
-    files.remove("minwurst/__init__.py")
+    package = [str(path.relative_to(ROOT)) for path in (ROOT / "minwurst").rglob("*.py")]
+    files = ["train.py", "lora.py", *(name for name in package if "__init__" not in name)]
     assert {name: int(count) for name, count in listed.items()} == {f: lines(f) for f in files}
 
 

@@ -9,17 +9,15 @@ out of training it is no picture; that the loss falls shows that all parts of th
 together.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import diffusers
-import tokenizers
 import torch
-import transformers
 
 from minwurst import data, pipelines
 from minwurst.effnet import EfficientNetEncoder
+from minwurst.miniature.pretrain import make_text_encoder, make_tokenizer
 from minwurst.prior import WuerstchenPrior
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -36,37 +34,6 @@ def make_prior(**config):
     with torch.no_grad():
         prior.out[1].weight.mul_(0.1), prior.out[1].bias.mul_(0.1)
     return prior
-
-
-def make_tokenizer(captions):
-    """CLIP's kind of tokenizer, its pairs learned from a few captions."""
-    base = transformers.CLIPTokenizerFast()._tokenizer  # how CLIP cuts text
-    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.normalizer, learner.pre_tokenizer = base.normalizer, base.pre_tokenizer
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    learner.train_from_iterator(
-        captions,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=700, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
-        ),
-    )
-    model = json.loads(learner.to_str())["model"]
-    vocabulary = dict(model["vocab"])
-    for token in [*(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]:
-        vocabulary.setdefault(token, len(vocabulary))
-    merges = [tuple(pair) for pair in model["merges"]]
-    return transformers.CLIPTokenizerFast(vocab=vocabulary, merges=merges, model_max_length=77)
-
-
-def make_text_encoder(tokenizer, width=32):
-    ends = tokenizer.eos_token_id
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=2, num_attention_heads=4, hidden_act="gelu", projection_dim=width,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=ends,
-    )  # fmt: skip
-    return transformers.CLIPTextModel(config).eval()
 
 
 def make_image_encoder(rows):
@@ -102,7 +69,7 @@ def make_decoder(folder, tokenizer):
     torch.nn.init.constant_(vqgan.out_block[0].bias, 0.5)
     decoder.save_pretrained(folder / "decoder")
     vqgan.save_pretrained(folder / "vqgan")
-    make_text_encoder(tokenizer, width=16).save_pretrained(folder / "text_encoder")
+    make_text_encoder(tokenizer, 16, layers=2, heads=4).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
     return folder
@@ -113,8 +80,8 @@ def make(folder, seed=0, pictures=PICTURES, **prior_config):
     torch.manual_seed(seed)
     folder = Path(folder)
     rows = data.open_rows(None, None, str(pictures), "image", "text")
-    tokenizer = make_tokenizer(rows["text"])
-    text_encoder = make_text_encoder(tokenizer)
+    tokenizer = make_tokenizer(rows["text"], size=700, length=77)
+    text_encoder = make_text_encoder(tokenizer, 32, layers=2, heads=4)
     make_prior(**prior_config).save_pretrained(folder / "prior")
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.save_pretrained(folder / "text_encoder")
