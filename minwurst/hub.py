@@ -123,6 +123,8 @@ def reason(error):
         return "The Hub does not know this token. Run `hf auth login`, or set HF_TOKEN."
     if status == 403:
         return "It is somebody else's, or the token may not write."
+    if isinstance(error, UserError):
+        return str(error)
     if not isinstance(error, OSError | ValueError):  # it can quote the request, token and all
         return f"{type(error).__name__} on the way to the Hub."
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -143,13 +145,12 @@ def push(folder, repository, token=None):
     run = read_run(folder)
     files = results(folder, run)
     text = card(run, repository, files).encode()
-    api = huggingface_hub.HfApi(token=clean(token))
     summary = f"{len(files)} files of a prior fine-tuned with minwurst"
     try:
-        add = huggingface_hub.CommitOperationAdd
+        api, add = huggingface_hub.HfApi(token=clean(token)), huggingface_hub.CommitOperationAdd
         operations = [add(path, file) for path, file in files.items()] + [add("README.md", text)]
         done = tried(lambda: api.create_commit(repository, operations, commit_message=summary))
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, UserError) as error:
         raise UserError(
             f"Not pushed to {repository}: {reason(error)} The result is safe in {folder}. Push it "
             f"again with: {shlex.join(['python', '-m', 'minwurst.hub', str(folder), repository])}"

@@ -191,6 +191,14 @@ def test_a_push_that_fails_can_be_made_again(loopback, finished):
     assert (loopback.files("me/later") / lora.FILE).is_file()
 
 
+def test_a_login_that_is_gone_at_the_end(finished, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(
+        UserError, match="knows no login here.* The result is safe in .*minwurst.hub"
+    ):
+        hub.push(finished, "me/late")
+
+
 def test_no_result_no_push(finished, tmp_path):
     with pytest.raises(UserError, match="is no run's --output_dir: its run.json can't be read"):
         hub.push(tmp_path, "me/empty", "hf_any")
