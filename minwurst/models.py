@@ -11,6 +11,7 @@ diffusers 0.38. Only safetensors and JSON are read: no pickle, no remote code.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -53,6 +54,13 @@ def locate(flag, name, cache_dir=None, advice=""):
             f"connection.{advice}"
         ) from None
     return Path(folder)
+
+
+def locate_lora(name, cache_dir=None):
+    """The path of a LoRA: `name` itself, or the folder of a Hub repository's files."""
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+        return name
+    return locate("lora", name, cache_dir)
 
 
 def is_prior_alone(folder):

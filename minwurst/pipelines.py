@@ -28,9 +28,9 @@ DECODER_PARTS = ("decoder", "vqgan", "text_encoder", "tokenizer")
 def load(prior, decoder="warp-ai/wuerstchen", dtype=torch.float32, lora=None, lora_scale=1.0):
     """(WuerstchenPriorPipeline, WuerstchenDecoderPipeline), on the CPU, ready to be called.
 
-    prior, decoder: folders or Hub repositories. lora: a LoRA's file or folder, whose change is
-    added to the prior's weights lora_scale times; PEFT is not needed. UserError names what is
-    missing or broken.
+    prior, decoder: folders or Hub repositories. lora: a LoRA's file, folder or repository, whose
+    change is added to the prior's weights lora_scale times; PEFT is not needed. UserError names
+    what is missing or broken.
     """
     prior_folder = models.locate("prior", prior)
     decoder_folder = models.locate("decoder", decoder)
@@ -74,7 +74,7 @@ def prior_pipeline(prior_folder, text_folder, dtype, lora=None, lora_scale=1.0):
     reference = class_beside(kind, "WuerstchenPrior")
     prior = load_model(reference, models.prior_part(prior_folder), ".", dtype)
     if lora:
-        adapters.load(prior, lora)
+        adapters.load(prior, models.locate_lora(lora))
         adapters.set_scale(prior, lora_scale)
         adapters.merge(prior)
     tokenizer, text_encoder = models.load_text(text_folder, dtype)

@@ -30,7 +30,9 @@ class SampleSettings:
         "Folder or Hub repository of the prior, or a run's --output_dir. By default the run's that "
         "--lora names, else warp-ai/wuerstchen-prior.",
     )
-    lora: str = setting(None, "A LoRA's file or folder, or a run's --output_dir.")
+    lora: str = setting(
+        None, "A LoRA's file, folder or Hub repository, or a run's --output_dir."
+    )
     lora_scale: list = setting(
         (1.0,), "How much of the LoRA; several draw every picture so often.", nargs="+", type=float
     )
@@ -101,8 +103,9 @@ def main(settings):
     decoder = given("pretrained_decoder_model_name_or_path", "decoder")
     decoder_folder = models.locate("decoder", decoder, settings.cache_dir)
     pipelines.check_decoder(decoder_folder)
-    if settings.lora:
-        lora.read(settings.lora)  # a wrong path or a broken file is said before the long loading
+    adapters = settings.lora and models.locate_lora(settings.lora, settings.cache_dir)
+    if adapters:
+        lora.read(adapters)  # a wrong path or a broken file is said before the long loading
     wanted = given("resolution", "resolution") // 32
     cells = pictures.FullDecoder.cells(wanted)
     if cells != wanted:
@@ -120,7 +123,7 @@ def main(settings):
     del text_encoder
     prior = models.load_prior(prior_folder, compute_type).to(device).eval()
     if settings.lora:
-        lora.load(prior, settings.lora)
+        lora.load(prior, adapters)
 
     # ---- One latent after the other: large batches would draw the same and take more memory.
     scales = settings.lora_scale if settings.lora else [None]

@@ -136,8 +136,7 @@ def latents(prior, lora=None):
     return prior("a bear", 128, 128, num_inference_steps=3, generator=generator).image_embeddings
 full, adapter = sys.argv[1:3]
 base = "warp-ai/wuerstchen-prior"
-import huggingface_hub
-there = huggingface_hub.snapshot_download("me/wuerstchen-prior-naruto-lora")
+there = "me/wuerstchen-prior-naruto-lora"
 save_file({
     "pushed": latents("me/wuerstchen-prior-naruto-model"), "local": latents(full),
     "pushed lora": latents(base, there), "local lora": latents(base, adapter),
