@@ -1,6 +1,6 @@
 """From latents to pictures to look at: the decoder, a cheap preview of it, and grids with captions.
 
-    decode = FullDecoder(decoder_folder, device, torch.float16)
+    decode = FullDecoder(decoder_folder, device, half=True)
     with decode.ready():
         picture = decode(latents, "a bear", generator)
     grid([picture], ["a bear"], title="step 500").save("grid.png")

@@ -106,10 +106,10 @@ def main(settings):
     adapters = settings.lora and models.locate_lora(settings.lora, settings.cache_dir)
     if adapters:
         lora.read(adapters)  # a wrong path or a broken file is said before the long loading
-    wanted = given("resolution", "resolution") // 32
-    cells = pictures.FullDecoder.cells(wanted)
-    if cells != wanted:
-        report.say(f"The decoder can't take {wanted}×{wanted} cells: drawing {cells}×{cells}.")
+    trained = given("resolution", "resolution") // 32
+    cells = pictures.FullDecoder.cells(trained)
+    if cells != trained:
+        report.say(f"The decoder can't take {trained}×{trained} cells: drawing {cells}×{cells}.")
 
     precision = settings.mixed_precision or ("bf16" if device.type == "cuda" else "no")
     compute_type = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
