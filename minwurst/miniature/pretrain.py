@@ -1,6 +1,7 @@
 """The recipe of the miniature: from two packages of emoji to a whole small Würstchen.
 
-    python -m minwurst.miniature.pretrain WORK
+    python -m minwurst.miniature.pretrain WORK                # all parts, one after the other
+    python -m minwurst.miniature.pretrain WORK --part prior   # this one and what it stands on
 
 Nobody needs this file to use the miniature. It wants npm for the pictures and cairosvg to draw
 them, and takes hours on two CPU cores; stopped, it goes on where it was. In this order:
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minwurst import checkpoint, data, diffusion, optim, pipelines
 from minwurst.effnet import EfficientNetEncoder
@@ -140,11 +142,13 @@ def train(work, part, model, loss_of, *, steps, learning_rate, decay=0.998, ever
         optim.restore_state(optimizer, trainable, saved["optimizer"], state["optimizer"])
         done = state["step"]
     schedule = optim.learning_rates(optimizer, "cosine", warmup=200, total=steps, updates=done)
+    device = torch.get_default_device().type
     model.train()
     mean, start = 0.0, time.perf_counter()
     for step in range(done + 1, steps + 1):
         torch.manual_seed(SEED * 10**9 + step)  # so that a step is the same after a stop
-        with torch.autocast("cpu", torch.bfloat16):
+        # Plain attention: the flash kernel's backward pass is slow for 36 cells on a CPU.
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
@@ -166,6 +170,7 @@ def train(work, part, model, loss_of, *, steps, learning_rate, decay=0.998, ever
 
 def make_stage_a(work, pictures, steps, every=500):
     """Stage A, on crops: it is a convolution throughout and needs no whole pictures."""
+    torch.manual_seed(SEED)
     vqgan = pipelines.class_beside(Decoder, "PaellaVQModel")(
         embed_dim=96, bottleneck_blocks=2, latent_channels=4, num_vq_embeddings=8, scale_factor=1.0
     )
@@ -196,30 +201,30 @@ def refresh(model, call):
 
 
 def twice_as_large(c_in, c_out):
-    """A stage of the decoder that only trains the encoder: twice the side, two convolutions."""
-    layers = [nn.Upsample(scale_factor=2)]
-    for width in (c_in, c_out):
-        layers += [nn.Conv2d(width, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU()]
-    return nn.Sequential(*layers)
+    """A stage of the decoder that only trains the encoder: twice the side."""
+    return nn.Sequential(nn.Conv2d(c_in, 4 * c_out, 3, padding=1), nn.PixelShuffle(2), nn.SiLU())
 
 
 def make_image_encoder(work, pictures, steps):
     """The image encoder, by what a small decoder can see in its latents through some noise."""
+    torch.manual_seed(SEED)
     seen, wanted = shrink(pictures, INPUT), shrink(pictures, 96)
     encoder = EfficientNetEncoder(c_latent=16, c_cond=384, stages=STAGES)
-    widths = (256, 160, 96, 48, 24)
+    widths = (256, 128, 64, 32)
     growing = [twice_as_large(*pair) for pair in zip(widths, widths[1:], strict=False)]
     decoder = nn.Sequential(
-        nn.Conv2d(16, widths[0], 3, padding=1), nn.SiLU(), *growing, nn.Conv2d(24, 3, 3, padding=1)
-    )
+        nn.Conv2d(16, 256, 3, padding=1), nn.SiLU(), *growing,
+        nn.Conv2d(32, 12, 3, padding=1), nn.PixelShuffle(2),
+    )  # fmt: skip
     both = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    both.to(memory_format=torch.channels_last)
 
     def loss_of(step):
         some = torch.randint(len(pictures), (32,))
         x, y = normalised(seen[some]), wanted[some].float() / 255
         if step % 2:
             x, y = x.flip(3), y.flip(3)
-        latents = encoder(x)                                                    # (32, 16, 6, 6)
+        latents = encoder(x.to(memory_format=torch.channels_last))              # (32, 16, 6, 6)
         again = decoder(latents + 0.2 * torch.randn_like(latents)).float()
         return F.mse_loss(again, y) + 0.3 * F.l1_loss(again, y)
 
@@ -263,6 +268,7 @@ def make_stage_b(work, vqgan, encoder, pictures, steps):
     Convolutions alone, and patches of 4: attention to a text would cost much and tell nothing that
     6×6 cells do not.
     """
+    torch.manual_seed(SEED)
     wanted = latents_of(vqgan, pictures) / vqgan.config.scale_factor
     given = encode(encoder, pictures)
     decoder = pipelines.class_beside(Decoder, "WuerstchenDiffNeXt")(
@@ -317,10 +323,9 @@ def make_text_encoder(tokenizer, width, layers, heads):
 
 def make_prior(work, names, latents, tokenizer, steps):
     """(text encoder, prior), trained together on names and the latents of one style."""
+    torch.manual_seed(SEED)
     text_encoder = make_text_encoder(tokenizer, width=192, layers=3, heads=4)
-    prior = WuerstchenPrior(
-        c_in=16, c=256, c_cond=192, c_r=64, depth=7, nhead=4, dropout=0.05
-    )
+    prior = WuerstchenPrior(c_in=16, c=256, c_cond=192, c_r=64, depth=7, nhead=4, dropout=0.0)
     with torch.no_grad():  # a fresh head divides by numbers near zero
         prior.out[1].weight.zero_(), prior.out[1].bias.zero_()
     both = nn.ModuleDict({"text_encoder": text_encoder, "prior": prior})
@@ -352,33 +357,48 @@ def main():
     """`python -m minwurst.miniature.pretrain`: see the top of this page."""
     parser = argparse.ArgumentParser(prog="python -m minwurst.miniature.pretrain")
     parser.add_argument("work", type=Path, help="folder for pictures and half-trained parts")
-    for part, steps in (("a", 2000), ("encoder", 2600), ("b", 12000), ("prior", 12000)):
+    parts = {"a": 2000, "encoder": 2200, "b": 9000, "prior": 7000}
+    parser.add_argument(
+        "--part", choices=[*parts, "all"], default="all",
+        help="stop at this part: b and prior wait for a and encoder, not for each other",
+    )  # fmt: skip
+    for part, steps in parts.items():
         parser.add_argument(f"--{part}_steps", type=int, default=steps, help="default %(default)s")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(SEED)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_default_device(device)
     names, solid, outlined = load_pictures(given.work)
+    solid, outlined = solid.to(device), outlined.to(device)
     pictures = torch.cat([solid, outlined])
     print(f"{len(names)} emoji in two styles", flush=True)
 
-    vqgan = make_stage_a(given.work, pictures, given.a_steps)
-    vqgan.register_to_config(scale_factor=latents_of(vqgan, pictures).std().item())
-    keep(vqgan, WEIGHTS / "decoder" / "vqgan")
-    encoder = make_image_encoder(given.work, pictures, given.encoder_steps)
-    keep(encoder, WEIGHTS / "image_encoder")
-    decoder = make_stage_b(given.work, vqgan, encoder, pictures, given.b_steps)
-    keep(decoder, WEIGHTS / "decoder" / "decoder")
-
     tokenizer = make_tokenizer(names)
-    for folder in (WEIGHTS, WEIGHTS / "decoder"):
-        tokenizer.save_pretrained(folder / "tokenizer")
-        diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
-    unread = make_text_encoder(tokenizer, width=64, layers=1, heads=2)  # Stage B has no attention
-    keep(unread, WEIGHTS / "decoder" / "text_encoder")
-    latents = encode(encoder, solid)
-    text_encoder, prior = make_prior(given.work, names, latents, tokenizer, given.prior_steps)
-    keep(text_encoder, WEIGHTS / "text_encoder")
-    keep(prior, WEIGHTS / "prior")
+    if given.part in ("a", "b", "all"):
+        vqgan = make_stage_a(given.work, pictures, given.a_steps)
+        vqgan.register_to_config(scale_factor=latents_of(vqgan, pictures).std().item())
+        keep(vqgan, WEIGHTS / "decoder" / "vqgan")
+    if given.part != "a":
+        encoder = make_image_encoder(given.work, pictures, given.encoder_steps)
+        keep(encoder, WEIGHTS / "image_encoder")
+    if given.part in ("b", "all"):
+        decoder = make_stage_b(given.work, vqgan, encoder, pictures, given.b_steps)
+        keep(decoder, WEIGHTS / "decoder" / "decoder")
+        unread = make_text_encoder(tokenizer, width=64, layers=1, heads=2)  # B has no attention
+        keep(unread, WEIGHTS / "decoder" / "text_encoder")
+        save_rest(tokenizer, WEIGHTS / "decoder")
+    if given.part in ("prior", "all"):
+        latents = encode(encoder, solid)
+        text_encoder, prior = make_prior(given.work, names, latents, tokenizer, given.prior_steps)
+        keep(text_encoder, WEIGHTS / "text_encoder")
+        keep(prior, WEIGHTS / "prior")
+        save_rest(tokenizer, WEIGHTS)
+
+
+def save_rest(tokenizer, folder):
+    """What of a pipeline has no weights."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
 
 
 if __name__ == "__main__":
