@@ -255,7 +255,9 @@ def main(settings):
     result = output_dir / lora.FILE
     with ema.in_place():
         dist.on_main(lora.save, prior, result)
-    closing(result, picture_folder / validation.Draw.BOTH, log_folder, settings.report_to)
+    closing(
+        result, picture_folder / validation.Draw.BOTH, log_folder, settings.report_to, prompts
+    )
 
 
 if __name__ == "__main__":

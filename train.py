@@ -245,7 +245,9 @@ def main(settings):
     result = output_dir / "prior_pipeline"
     with ema.in_place():
         dist.on_main(hub.export_prior, result, prior, text_folder)
-    closing(result, picture_folder / validation.Draw.BOTH, log_folder, settings.report_to)
+    closing(
+        result, picture_folder / validation.Draw.BOTH, log_folder, settings.report_to, prompts
+    )
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ FREE = """
     dataset_name dataset_config_name train_data_dir image_column caption_column
     output_dir cache_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
     lora_weights
-    logging_dir logging_steps report_to tracker_project_name
+    demo logging_dir logging_steps report_to tracker_project_name
     validation_prompts validation_epochs validation_steps validation_decoder
     pretrained_decoder_model_name_or_path push_to_hub hub_model_id hub_private
 """.split()
@@ -232,7 +232,8 @@ MEANING = {
     "encoders": "the encoders' files (a fingerprint)",
     "prior": "the prior (its sizes; for a LoRA, its files' fingerprint)",
 }
-QUIET = {"output_dir", "cache_dir", "resume_from_checkpoint"}  # nobody needs to be told of these
+# Nobody needs to be told of these.
+QUIET = {"demo", "output_dir", "cache_dir", "resume_from_checkpoint"}
 
 
 def changes(before, now):

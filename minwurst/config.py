@@ -12,6 +12,9 @@ import difflib
 import importlib.util
 import os
 import sys
+from typing import ClassVar
+
+from minwurst import miniature
 
 
 class UserError(Exception):
@@ -29,6 +32,15 @@ def setting(default, help, secret=False, **argparse_options):
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
+def demo_setting():
+    """The flag --demo, which takes its class's DEMO for the defaults of the other flags."""
+    return setting(
+        False,
+        "Take the small trained Würstchen and the pictures that come with this project, and "
+        "settings that suit them; flags that are given go before these.",
+    )
+
+
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
 )  # fmt: skip
@@ -37,6 +49,9 @@ SCHEDULES = (
 @dataclasses.dataclass
 class Settings:
     """The settings of train.py, named and preset as in diffusers' script, but for --resolution."""
+
+    DEMO: ClassVar = miniature.TRAIN
+    demo: bool = demo_setting()
 
     # What is trained, and the frozen parts
     pretrained_prior_model_name_or_path: str = setting(
@@ -179,8 +194,9 @@ class Settings:
     tracker_project_name: str = setting("text2image-fine-tune", "The project's name in wandb.")
     validation_prompts: list = setting(
         None,
-        "Prompts to draw pictures for before, while and after training.",
-        nargs="+",
+        "Prompts to draw pictures for before, while and after training; with none after it, the "
+        "flag turns off those of --demo.",
+        nargs="*",
         also=["--validation_prompt"],
     )
     validation_split: float = setting(
@@ -254,7 +270,7 @@ class Settings:
         if not self.dataset_name and not self.train_data_dir:
             raise UserError(
                 "No data: give --dataset_name (Hub name, folder or .parquet) or --train_data_dir "
-                "(a folder of pictures with metadata.jsonl)."
+                "(a folder of pictures with metadata.jsonl). To try it without, give --demo."
             )
 
 
@@ -272,6 +288,8 @@ def parse(kind, argv=None):
             options["type"] = field.type
         names = [f"--{field.name}", *options.pop("also", [])]
         parser.add_argument(*names, **options)
+    if "--demo" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**kind.DEMO)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{field.name}" for field in dataclasses.fields(kind)]
@@ -294,6 +312,7 @@ def parse(kind, argv=None):
 class LoRASettings(Settings):
     """The settings of lora.py: those of train.py and what an adapter needs."""
 
+    DEMO: ClassVar = miniature.LORA
     rank: int = setting(4, "Rank of the change: A is (rank, in), B is (out, rank).")
     lora_alpha: float = setting(None, "The change is alpha/rank · B·A; by default alpha = rank.")
     lora_dropout: float = setting(0.0, "Dropout before A.")

@@ -11,12 +11,14 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from PIL.PngImagePlugin import PngInfo
 
 from minwurst import checkpoint, config, dist, draws, hub, lora, models, pictures, pipelines, report
-from minwurst.config import Settings, UserError, setting
+from minwurst.config import Settings, UserError, demo_setting, setting
+from minwurst.miniature import SAMPLE
 from minwurst.validation import draw_latents
 
 
@@ -24,6 +26,8 @@ from minwurst.validation import draw_latents
 class SampleSettings:
     """The settings of `python -m minwurst.sample`."""
 
+    DEMO: ClassVar = SAMPLE
+    demo: bool = demo_setting()
     prompt: list = setting(None, "What to draw; several prompts are allowed.", nargs="+")
     prior: str = setting(
         None,

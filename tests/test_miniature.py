@@ -48,7 +48,8 @@ class Interrupting:
 
 def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
     """A few steps of each; what is written loads and draws as the published model does."""
-    monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "weights")
+    for place in ("weights", "pictures", "world"):
+        monkeypatch.setattr(pretrain, place.upper(), tmp_path / place)
     names = [f"thing number {number}" for number in range(8)]
     monkeypatch.setattr(
         pretrain, "load_pictures", lambda work: (names[:4], *some_pictures.split(4))

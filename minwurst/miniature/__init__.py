@@ -1,1 +1,39 @@
-"""A whole Würstchen small enough for a laptop, trained on emoji; `pretrain` is its recipe."""
+"""A whole Würstchen small enough for a laptop, trained on emoji: what `--demo` fine-tunes.
+
+    python train.py --demo
+    python lora.py --demo
+    python -m minwurst.sample --demo --prompt "bear"
+
+`weights/` has the published model's layout; its prior knows emoji in 3D by their names. `pictures/`
+are a third of the same things in black and white, a style its prior never saw. `world.safetensors`
+holds the latents of all of them in both styles, for `measure`. `pretrain` made all three.
+"""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WEIGHTS, PICTURES, WORLD = HERE / "weights", HERE / "pictures", HERE / "world.safetensors"
+
+# What --demo sets; a flag that is given goes before it.
+SAMPLE = {
+    "prior": str(WEIGHTS),
+    "decoder": str(WEIGHTS / "decoder"),
+    "resolution": 192,
+}
+TRAIN = {
+    "pretrained_prior_model_name_or_path": str(WEIGHTS),
+    "pretrained_decoder_model_name_or_path": str(WEIGHTS / "decoder"),
+    "image_encoder_name_or_path": str(WEIGHTS / "image_encoder"),
+    "train_data_dir": str(PICTURES),
+    "resolution": 192,
+    "train_batch_size": 32,
+    "max_train_steps": 100,
+    "learning_rate": 3e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 10,
+    "seed": 0,
+    "validation_prompts": ["horse", "honey pot", "rocket", "owl"],  # none of them in PICTURES
+    "validation_steps": 1000,
+    "output_dir": "runs/demo",
+}
+LORA = {**TRAIN, "rank": 16, "learning_rate": 3e-3, "output_dir": "runs/demo-lora"}

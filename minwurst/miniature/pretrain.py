@@ -17,6 +17,7 @@ The other style, black and white, the prior meets first when it is fine-tuned.
 import argparse
 import io
 import json
+import re
 import subprocess
 import tarfile
 import time
@@ -29,15 +30,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minwurst import checkpoint, data, diffusion, optim, pipelines
 from minwurst.effnet import EfficientNetEncoder
+from minwurst.miniature import PICTURES, WEIGHTS, WORLD
 from minwurst.prior import WuerstchenPrior
 
-WEIGHTS = Path(__file__).parent / "weights"
 SEED = 0
+SHIPPED = slice(0, None, 3)  # the names whose pictures in black and white are fine-tuned on
 SIDE, INPUT = 256, 192  # of a picture, and of what the image encoder sees of it: 6×6 cells
 PACKAGES = {  # both MIT: the drawings are Microsoft's Fluent Emoji
     "@lobehub/fluent-emoji-3d": "1.1.0",
@@ -234,7 +237,7 @@ def make_image_encoder(work, pictures, steps):
         norm = encoder.mapper[1]
         norm.weight.mul_(diffusion.LATENT_SCALE)
         norm.bias.mul_(diffusion.LATENT_SCALE).sub_(diffusion.LATENT_SHIFT)
-    return encoder
+    return encoder.to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -281,8 +284,8 @@ def make_stage_b(work, vqgan, encoder, pictures, steps):
             nn.init.normal_(weight, std=0.02)
 
     def loss_of(step):
-        some = torch.randint(len(pictures), (24,))
-        noise = 0.15 * diffusion.LATENT_SCALE * torch.randn(24, *given.shape[1:])
+        some = torch.randint(len(pictures), (16,))
+        noise = 0.15 * diffusion.LATENT_SCALE * torch.randn(16, *given.shape[1:])
         return denoising_loss(decoder, wanted[some], given[some] + noise)
 
     return train(work, "stage_b", decoder, loss_of, steps=steps, learning_rate=1.5e-3)
@@ -389,10 +392,31 @@ def main():
         save_rest(tokenizer, WEIGHTS / "decoder")
     if given.part in ("prior", "all"):
         latents = encode(encoder, solid)
+        write_world(names, latents, encode(encoder, outlined))
+        write_pictures(names[SHIPPED], outlined[SHIPPED])
         text_encoder, prior = make_prior(given.work, names, latents, tokenizer, given.prior_steps)
         keep(text_encoder, WEIGHTS / "text_encoder")
         keep(prior, WEIGHTS / "prior")
         save_rest(tokenizer, WEIGHTS)
+
+
+def write_world(names, solid, outlined):
+    """The scaled latents of all names in both styles, (N, 16, 6, 6) in half precision."""
+    world = {"solid": solid, "outlined": outlined}
+    world = {style: diffusion.scale_latents(latents).half() for style, latents in world.items()}
+    save_file(world, WORLD, metadata={"names": json.dumps(names)})
+
+
+def write_pictures(names, pictures):
+    """What is fine-tuned on, as the trainer's --train_data_dir wants it."""
+    PICTURES.mkdir(exist_ok=True)
+    lines = []
+    for name, picture in zip(names, pictures, strict=True):
+        file = f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}.webp"
+        pixels = picture.permute(1, 2, 0).cpu().numpy()
+        Image.fromarray(pixels).convert("L").save(PICTURES / file, lossless=True)
+        lines.append(json.dumps({"file_name": file, "text": name}, ensure_ascii=False) + "\n")
+    (PICTURES / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def save_rest(tokenizer, folder):

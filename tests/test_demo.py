@@ -1,0 +1,90 @@
+"""The demo: the miniature is whole and small, and fine-tuning it shows on names it did not see."""
+
+import pytest
+import torch
+from PIL import Image
+
+import lora
+import train
+from minwurst import config, miniature, models, sample
+from minwurst.config import LoRASettings, Settings, parse
+from minwurst.miniature import measure
+
+
+@pytest.fixture(scope="module")
+def world():
+    return measure.World()
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_it_is_small_and_its_pictures_are_free():
+    assert size_of(miniature.WEIGHTS) + miniature.WORLD.stat().st_size < 25e6
+    assert size_of(miniature.PICTURES) < 6e6
+    licence = (miniature.PICTURES / "README.md").read_text(encoding="utf-8")
+    assert "Permission is hereby granted" in licence
+
+
+def test_a_given_flag_goes_before_the_preset():
+    preset = parse(Settings, ["--demo"])
+    assert {n: getattr(preset, n) for n in miniature.TRAIN} == miniature.TRAIN
+    changed = parse(LoRASettings, ["--rank=2", "--demo", "--validation_prompts"])
+    assert (changed.rank, changed.validation_prompts) == (2, [])
+    assert changed.output_dir == miniature.LORA["output_dir"]
+    assert parse(Settings, ["--train_data_dir=x"]).resolution == 768  # and leaves others alone
+
+
+def test_names_that_are_drawn_are_in_no_other_set(world):
+    shipped = set(range(len(world.names))[measure.SHIPPED])
+    captions = (miniature.PICTURES / "metadata.jsonl").read_text(encoding="utf-8")
+    assert not shipped & set(world.drawn) and len(world.drawn) == measure.DRAWN
+    for prompt in miniature.TRAIN["validation_prompts"]:
+        assert prompt in world.names and f'"{prompt}"' not in captions
+
+
+def test_the_world_is_what_the_encoder_makes_of_the_pictures(world):
+    """The latents that are shipped are those of the pictures that are shipped, by these weights."""
+    from minwurst import data, diffusion
+
+    rows = data.open_rows(None, None, str(miniature.PICTURES), "image", "text")
+    some = [rows[place] for place in range(0, len(rows), 40)]
+    encoder = models.load_image_encoder(miniature.WEIGHTS / "image_encoder")
+    with torch.no_grad():
+        pixels = torch.stack([data.preprocess(data.open_picture(row), 192) for row in some])
+        found = diffusion.scale_latents(encoder(pixels))
+    stored = world.latents["outlined"][[world.names.index(row["text"]) for row in some]]
+    assert (found - stored).abs().max() < 0.1 and (found - stored).square().mean() < 1e-3
+    assert 0.5 < world.latents["solid"].std() < 2
+
+
+def test_the_base_draws_what_it_is_asked_for(world):
+    style, own, _ = measure.judge(measure.load_prior(), world, "solid", seed=3)
+    assert style < 0.2
+    assert own > 10 * world.chance
+
+
+def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(world, tmp_path, capsys):
+    """The whole demo as it is typed, and the command it prints at its end."""
+    words = ["--demo", f"--output_dir={tmp_path / 'run'}"]
+    before = measure.judge(measure.load_prior(), world, "outlined", seed=3)
+    lora.main(parse(LoRASettings, words))
+    after = measure.judge(measure.load_prior(tmp_path / "run"), world, "outlined", seed=3)
+    assert before[0] < 0.2 and after[0] > 0.6
+    assert after[1] > 10 * world.chance and after[2] < before[2]
+    printed = capsys.readouterr().out
+    command = next(line for line in printed.splitlines() if line.startswith("draw more: "))
+    words = command.split("minwurst.sample ")[1].split()
+    assert words[:2] == ["--prompt", miniature.TRAIN["validation_prompts"][0].split()[0]]
+    words += [f"--output={tmp_path / 'x.png'}"]
+    sample.main(parse(sample.SampleSettings, words))
+    with Image.open(tmp_path / "x.png") as drawn:
+        assert drawn.size == (256, 256)
+    assert (tmp_path / "run" / "validation" / "before_after.png").is_file()
+
+
+def test_the_full_demo_starts_and_exports(tmp_path):
+    words = ["--demo", "--max_train_steps=1", "--validation_prompts", "--train_batch_size=2"]
+    train.main(config.parse(Settings, [*words, f"--output_dir={tmp_path}"]))
+    assert measure.load_prior(tmp_path).config.c == measure.load_prior().config.c
