@@ -237,13 +237,13 @@ def make_image_encoder(work, pictures, steps):
         norm = encoder.mapper[1]
         norm.weight.mul_(diffusion.LATENT_SCALE)
         norm.bias.mul_(diffusion.LATENT_SCALE).sub_(diffusion.LATENT_SHIFT)
-    return encoder.to(memory_format=torch.contiguous_format)
+    return encoder
 
 
 @torch.no_grad()
 def in_parts(model, inputs, size=32):
     """model(inputs), a part at a time, in fp32."""
-    return torch.cat([model(part) for part in inputs.split(size)])
+    return torch.cat([model(part) for part in inputs.split(size)]).contiguous()
 
 
 def encode(encoder, pictures):
