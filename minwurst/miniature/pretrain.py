@@ -360,7 +360,7 @@ def main():
     """`python -m minwurst.miniature.pretrain`: see the top of this page."""
     parser = argparse.ArgumentParser(prog="python -m minwurst.miniature.pretrain")
     parser.add_argument("work", type=Path, help="folder for pictures and half-trained parts")
-    parts = {"a": 2000, "encoder": 2200, "b": 9000, "prior": 5000}
+    parts = {"a": 2000, "encoder": 2200, "b": 7500, "prior": 4200}
     parser.add_argument(
         "--part", choices=[*parts, "all"], default="all",
         help="stop at this part: b and prior wait for a and encoder, not for each other",
