@@ -11,6 +11,7 @@ complete checkpoint in place, and what is not complete is never taken for one. N
 or read.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +43,25 @@ def make_folder(output_dir, flag="output_dir"):
     except OSError as error:
         raise UserError(f"--{flag} {output_dir} can't be written: {error.strerror}.") from None
     return folder
+
+
+def lock(folder):
+    """Make this process the folder's only run until it ends; UserError where another one is there.
+
+    The kernel holds the lock for this process and none of its children, and drops it with the
+    process, however that ends.
+    """
+    global held  # open until the process ends, or locks another folder
+    held = open(Path(folder) / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"--output_dir {folder}: another run is writing there. Wait for its end, or name "
+            "another folder."
+        ) from None
+    except OSError as error:  # a file system that knows no locks
+        print(f"{folder} can't be locked ({error}): start no second run on it.", flush=True)
 
 
 def save(output_dir, step, groups, state, keep=None):
@@ -222,7 +242,7 @@ FREE = """
     lora_weights
     logging_dir logging_steps report_to tracker_project_name
     validation_prompts validation_epochs validation_steps validation_decoder
-    pretrained_decoder_model_name_or_path push_to_hub hub_model_id hub_private
+    pretrained_decoder_model_name_or_path skip_bad_samples push_to_hub hub_model_id hub_private
 """.split()
 # What stands behind the names in a run's identity, for the message that refuses a change.
 MEANING = {
