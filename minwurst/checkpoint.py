@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from minwurst.config import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)")
+UNDER_WAY = re.compile(r"\.checkpoint-\d+\.(part|old)")  # being written or removed
 MANIFEST = "manifest.json"
 
 
@@ -176,7 +177,11 @@ def set_aside_later(output_dir, step):
     """Rename checkpoints beyond the step a run goes on from: they are of a branch that was left.
 
     Else rotation would count them, and `latest` would take them for this run's. None is deleted.
+    What a kill left of saving and removing is: it is no checkpoint, but as large as one.
     """
+    for path in Path(output_dir).glob(".checkpoint-*"):
+        if UNDER_WAY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     for folder in list_all(output_dir):
         if int(NAME.fullmatch(folder.name)[1]) > step:
             aside = folder.with_name(f"{folder.name}.left-{time.strftime('%Y%m%d-%H%M%S')}")
