@@ -17,7 +17,7 @@ import torch
 
 from minwurst import (
     checkpoint, config, cost, data, diffusion, dist, draws, hub, models, optim, pictures, pipelines,
-    validation,
+    signals, validation,
 )  # fmt: skip
 from minwurst.report import Log, check_trackers, closing, make_trackers, opening, say, write_run
 
@@ -26,6 +26,7 @@ def main(settings):
     # ---- Who we are, and where we stand: a fresh run, or one that goes on.
     rank, world, device = dist.start()
     output_dir = dist.on_main(checkpoint.make_folder, settings.output_dir)
+    dist.on_main(checkpoint.lock, output_dir)
     resumed = dist.on_main(checkpoint.find, settings.resume_from_checkpoint, output_dir)
     saved, state = checkpoint.load(resumed) if resumed else ({}, checkpoint.FRESH)
     seed = settings.seed = dist.on_main(draws.choose_seed, settings.seed, state["seed"])
@@ -59,7 +60,7 @@ def main(settings):
         decoder_folder = pipelines.find_decoder(
             settings.pretrained_decoder_model_name_or_path, settings.cache_dir
         )
-    fingerprint = data.check_rows(rows)
+    rows, fingerprint = data.check_rows(rows, settings.skip_bad_samples)
     rows, held_out = data.hold_out(rows, settings.validation_split, seed)
 
     # ---- Length: a step is one update of the weights, whatever number of ranks share its batch.
@@ -199,6 +200,7 @@ def main(settings):
     validate = validation.Validation(prior, ema, log, looks, every=every, last_step=last_step)
     if not resumed:
         validate(0)
+    asked = signals.listen()  # until here a signal just ends the run
 
     # ================================================================================== the loop
     for step in steps:
@@ -226,7 +228,8 @@ def main(settings):
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), settings.max_grad_norm)
-        finite = guard.check(step, step_loss, norm)  # reads the device, once a step
+        # The one time in a step that the device is read, and that ranks agree.
+        finite, asked = guard.check(step, step_loss, norm, signals.heard())
         scaler.step(optimizer)  # in fp16, an overflowed gradient leaves the weights as they are
         scaler.update()
         optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay in its buckets
@@ -236,12 +239,17 @@ def main(settings):
             schedule.step()
             ema.update(updates)
 
-        validate(step)
-        if step % settings.checkpointing_steps == 0 or step == last_step:
+        if asked not in signals.ENDS:
+            validate(step)
+        if asked or step % settings.checkpointing_steps == 0 or step == last_step:
             save_checkpoint(step, updates)
+        if asked in signals.ENDS:
+            break
     # ============================================================================================
 
     log.close()
+    if signals.ended(asked):
+        return asked
     result = output_dir / "prior_pipeline"
     with ema.in_place():
         dist.on_main(hub.export_prior, result, prior, text_folder)

@@ -11,6 +11,7 @@ complete checkpoint in place, and what is not complete is never taken for one. N
 or read.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from minwurst.config import UserError
 
 NAME = re.compile(r"checkpoint-(\d+)")
+UNDER_WAY = re.compile(r"\.checkpoint-\d+\.(part|old)")  # being written or removed
 MANIFEST = "manifest.json"
 
 
@@ -42,6 +44,25 @@ def make_folder(output_dir, flag="output_dir"):
     except OSError as error:
         raise UserError(f"--{flag} {output_dir} can't be written: {error.strerror}.") from None
     return folder
+
+
+def lock(folder):
+    """Make this process the folder's only run until it ends; UserError where another one is there.
+
+    The kernel holds the lock for this process and none of its children, and drops it with the
+    process, however that ends.
+    """
+    global held  # open until the process ends, or locks another folder
+    held = open(Path(folder) / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"--output_dir {folder}: another run is writing there. Wait for its end, or name "
+            "another folder."
+        ) from None
+    except OSError as error:  # a file system that knows no locks
+        print(f"{folder} can't be locked ({error}): start no second run on it.", flush=True)
 
 
 def save(output_dir, step, groups, state, keep=None):
@@ -156,7 +177,11 @@ def set_aside_later(output_dir, step):
     """Rename checkpoints beyond the step a run goes on from: they are of a branch that was left.
 
     Else rotation would count them, and `latest` would take them for this run's. None is deleted.
+    What a kill left of saving and removing is: it is no checkpoint, but as large as one.
     """
+    for path in Path(output_dir).glob(".checkpoint-*"):
+        if UNDER_WAY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     for folder in list_all(output_dir):
         if int(NAME.fullmatch(folder.name)[1]) > step:
             aside = folder.with_name(f"{folder.name}.left-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -222,7 +247,7 @@ FREE = """
     lora_weights
     demo logging_dir logging_steps report_to tracker_project_name
     validation_prompts validation_epochs validation_steps validation_decoder
-    pretrained_decoder_model_name_or_path push_to_hub hub_model_id hub_private
+    pretrained_decoder_model_name_or_path skip_bad_samples push_to_hub hub_model_id hub_private
 """.split()
 # What stands behind the names in a run's identity, for the message that refuses a change.
 MEANING = {

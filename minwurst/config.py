@@ -88,6 +88,10 @@ class Settings:
         "time.",
     )
     max_train_samples: int = setting(None, "Train on this many randomly chosen rows only.")
+    skip_bad_samples: bool = setting(
+        False,
+        "Leave out rows whose picture or caption is bad, naming them, instead of stopping.",
+    )
     resolution: int = setting(
         768,
         "Side of the square, in pixels, that pictures are resized and cropped to for the image "

@@ -1,7 +1,7 @@
 """Captioned pictures: where they come from, how they are checked, how they become numbers.
 
     rows = open_rows(None, None, "my_pictures", "image", "text")
-    fingerprint = check_rows(rows)                        # every row, before the first step
+    rows, fingerprint = check_rows(rows)                  # every row, before the first step
     stream = batches(Pairs(rows, 768, seed), positions)   # {"pixels", "captions", "positions"}
 
 `datasets` reads the tables; Pillow and NumPy do the pictures, to the same numbers as torchvision's
@@ -16,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
 
-from minwurst import dist, draws, report
+from minwurst import dist, draws, report, signals
 from minwurst.config import UserError
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
@@ -76,7 +78,28 @@ def open_rows(
     found = found.select_columns([image_column, caption_column])
     found = found.rename_columns({image_column: "image", caption_column: "text"})
     found = found.add_column("number", range(len(found)))
-    return found.cast_column("image", datasets.Image(decode=False))
+    found = found.cast_column("image", datasets.Image(decode=False))
+    caches = cache_dir or datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE
+    refuse_outside(found, [source if source.is_dir() else source.parent, *caches])
+    return found
+
+
+def refuse_outside(rows, folders):
+    """UserError where a row's picture is a file outside the data set's own folders.
+
+    A table from somebody else could name any file of this machine, to be trained on.
+    """
+    places = {place(folder) for folder in folders for place in (os.path.abspath, os.path.realpath)}
+    inside = tuple(os.path.join(place, "") for place in places)
+    stored = rows.data.column("image")
+    paths, content = (pc.struct_field(stored, field) for field in ("path", "bytes"))
+    sizes = pc.fill_null(pc.binary_length(content), 0)
+    for number, (path, size) in enumerate(zip(paths.to_pylist(), sizes.to_pylist(), strict=True)):
+        if path and not size and not os.path.abspath(path).startswith(inside):
+            raise UserError(
+                f"Row {number}: its picture {path} lies outside the data set's folder {folders[0]}."
+                " Put the pictures there, or into the table."
+            )
 
 
 def sample_rows(rows, limit, seed):
@@ -150,10 +173,11 @@ def preprocess(picture, side):
     return torch.from_numpy(((values - IMAGENET_MEAN) / IMAGENET_STD).transpose(2, 0, 1).copy())
 
 
-def check_rows(rows):
-    """Read every caption and decode every picture once; a fingerprint of them all, 16 hex digits.
+def check_rows(rows, skip_bad=False):
+    """Read every caption and decode every picture once. Returns (good rows, their fingerprint).
 
-    Ranks share the work, and threads within a rank. The first bad row is a UserError on all ranks.
+    Ranks share the work, and threads within a rank. A bad row is a UserError on all ranks; with
+    skip_bad it is named and left out. The fingerprint is 16 hex digits.
     """
 
     def check(number):
@@ -176,11 +200,17 @@ def check_rows(rows):
         checked = dict(zip(mine, found, strict=True))
     everyone = {number: found for part in dist.gather(checked) for number, found in part.items()}
     errors = [everyone[number][0] for number in range(len(rows)) if everyone[number][0]]
-    if errors:
+    if errors and (not skip_bad or len(errors) == len(rows)):
         more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
         raise UserError(errors[0] + more)
-    digests = "".join(everyone[number][1] for number in range(len(rows)))
-    return hashlib.sha256(digests.encode()).hexdigest()[:16]
+    if errors:
+        good = [number for number in range(len(rows)) if not everyone[number][0]]
+        for line in errors[:10]:
+            report.say(f"left out: {line}")
+        report.say(f"left out in all: {len(errors)} of {len(rows)} rows")
+        rows = rows.select(good)
+    digests = "".join(everyone[number][1] for number in sorted(everyone))
+    return rows, hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -225,6 +255,7 @@ def batches(pairs, places, workers=0, pin_memory=False):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,
+        worker_init_fn=signals.in_worker,
         generator=torch.Generator(),  # the loader draws from it: the global one belongs to dropout
     )
     try:

@@ -12,6 +12,7 @@ gloo joins CPUs. Everything that decides (stop, skip, save) is decided on number
 import contextlib
 import datetime
 import os
+import signal
 import sys
 import time
 import traceback
@@ -24,21 +25,28 @@ from torch.nn.parallel import DistributedDataParallel
 from minwurst import config
 from minwurst.config import UserError
 
+# How long ranks wait for one that stalls. It covers what only one does: writing a checkpoint of
+# 15 GB, drawing pictures.
+PATIENCE = datetime.timedelta(minutes=60)
+
 
 def run(main, afterwards, kind):
     """Call main(settings) with the command line as a `kind` of Settings; what `train.py` starts.
 
     When all ranks are through, afterwards(settings) is called on the main one, which may then take
     longer than the others would wait. A UserError becomes one line, once a machine, and exit
-    code 2.
+    code 2. Where main returns the number of a signal, it ended the run: exit code 128 + number.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C just ends, without a page of traceback
     try:
         settings = config.parse(kind)
-        main(settings)
+        number = main(settings)
         last = is_main()
         # Only now that main's model is gone: a group that DDP holds can hang when it is freed.
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+        if number:
+            sys.exit(128 + number)
         if last:
             afterwards(settings)
     except Exception as error:
@@ -74,10 +82,7 @@ def start():
     else:
         device = torch.device("cpu")
     if world > 1:
-        # The wait covers what only one rank does: writing a checkpoint of 15 GB, drawing pictures.
-        torch_dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=60)
-        )
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return number, world, device
 
 

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     HTTPError,  # the HTTP library's own, of which there are two: httpx and httpx2
     OfflineModeIsEnabled,
 )
+from safetensors import SafetensorError
 
 from minwurst import lora, models, report
 from minwurst.checkpoint import put_in_place
@@ -38,20 +39,33 @@ WAITS = (2, 10, 30, 60)  # seconds between tries
 
 
 def export_prior(folder, prior, text_folder):
-    """Write the pipeline's folder whole or not at all; an earlier one is replaced.
+    """Write the pipeline's folder whole or not at all, else UserError; an earlier one is replaced.
 
     prior: the fine-tuned network. text_folder: where the base's text encoder and tokenizer lie.
     """
     folder = Path(folder)
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
-    prior.save_pretrained(draft / "prior")
+    try:
+        write_pipeline(draft, prior, text_folder)
+        put_in_place(draft, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(
+            f"{folder} was not written: {error}. Free some space; the last checkpoint is intact, "
+            "and --resume_from_checkpoint=latest writes the result from it."
+        ) from None
+
+
+def write_pipeline(folder, prior, text_folder):
+    """The parts and their index, in a folder that is not there yet."""
+    prior.save_pretrained(folder / "prior")
     for part in ("text_encoder", "tokenizer"):
-        (draft / part).mkdir()
+        (folder / part).mkdir()
         for pattern in models.PATTERNS:
             for file in (Path(text_folder) / part).glob(pattern):
-                shutil.copyfile(file, draft / part / file.name)
-    diffusers.DDPMWuerstchenScheduler().save_pretrained(draft / "scheduler")
+                shutil.copyfile(file, folder / part / file.name)
+    diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WuerstchenPriorPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -63,8 +77,7 @@ def export_prior(folder, prior, text_folder):
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizerFast"],
     }
-    (draft / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    put_in_place(draft, folder)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def clean(token):

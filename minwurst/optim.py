@@ -13,7 +13,7 @@ import contextlib
 import torch
 from diffusers.optimization import get_scheduler
 
-from minwurst import dist, report
+from minwurst import dist, report, signals
 from minwurst.config import UserError
 
 
@@ -75,23 +75,28 @@ class FiniteGuard:
         """rows_of(step, rank): the numbers of the rows that a rank took in a step."""
         self.fp16, self.rows_of, self.patience, self.skipped = fp16, rows_of, patience, 0
 
-    def check(self, step, loss, norm):
-        """True where the update may be made, the same on all ranks; raises UserError to stop."""
-        ranks = dist.share(torch.stack([loss.isfinite(), norm.isfinite()]).float())
+    def check(self, step, loss, norm, heard=signals.NOTHING):
+        """(whether the update may be made, the strongest signal heard), the same on all ranks.
+
+        heard: this rank's signal; it travels along, so that ranks agree once a step and not twice.
+        Raises UserError to stop.
+        """
+        flags = torch.stack([loss.isfinite(), norm.isfinite()]).float()
+        ranks = dist.share(torch.cat([flags, flags.new_tensor([heard])]))
         advice = "It changed no weight. Lower --learning_rate, or take bf16 instead of fp16."
-        bad = [rank for rank, (loss_is_finite, _) in enumerate(ranks) if not loss_is_finite]
+        bad = [rank for rank, (loss_is_finite, *_) in enumerate(ranks) if not loss_is_finite]
         if bad:
             rows = self.rows_of(step, bad[0])
             raise UserError(
                 f"Step {step}: the loss is not finite on rank {bad[0]}, rows {rows}. {advice}"
             )
-        finite = all(norm_is_finite for _, norm_is_finite in ranks)
+        finite = all(norm_is_finite for _, norm_is_finite, _ in ranks)
         self.skipped = 0 if finite else self.skipped + 1
         if not finite and (not self.fp16 or self.skipped > self.patience):
             raise UserError(f"Step {step}: the gradient is not finite. {advice}")
         if not finite:
             report.say(f"step {step} skipped: gradient overflow in fp16, {self.skipped} in a row")
-        return finite
+        return finite, signals.strongest(int(heard) for *_, heard in ranks)
 
 
 class EMA:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from minwurst import config
+from minwurst import config, data
 from tests import tiny
+from tests.warm import Warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +40,22 @@ def wuerstchen(tmp_path_factory):
 def still_wuerstchen(tmp_path_factory):
     """The same without dropout, so that any cut of a batch must give the same step."""
     return tiny.make(tmp_path_factory.mktemp("still"), dropout=0.0)
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """A data set of five rows, which are checked in no time."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows.select(range(5)).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm(wuerstchen):
+    """Forks runs of the scripts, for tests that end processes."""
+    with Warm(wuerstchen) as parent:
+        yield parent
 
 
 @pytest.fixture(scope="session")

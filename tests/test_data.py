@@ -113,7 +113,7 @@ def test_sources(table, tmp_path):
         assert [data.captions_of(row) for row in rows] == table["words"], name
         assert [data.open_picture(row).getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
         assert rows["number"] == [0, 1, 2, 3]
-        assert len(data.check_rows(rows)) == 16
+        assert len(data.check_rows(rows)[1]) == 16
 
 
 def test_fingerprint_follows_content_not_place(table, tmp_path):
@@ -121,7 +121,7 @@ def test_fingerprint_follows_content_not_place(table, tmp_path):
     table.save_to_disk(tmp_path / "two")
     table.select([1, 0, 2, 3]).save_to_disk(tmp_path / "other")
     prints = [
-        data.check_rows(data.open_rows(str(tmp_path / name), None, None, "picture", "words"))
+        data.check_rows(data.open_rows(str(tmp_path / name), None, None, "picture", "words"))[1]
         for name in ("one", "two", "other")
     ]
     assert prints[0] == prints[1] != prints[2]

@@ -61,7 +61,7 @@ def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     assert torch.equal(a, average["blocks.2.attention.to_q.lora_A"])
     assert relative(b, 2 * average["blocks.2.attention.to_q.lora_B"]) < 1e-6
     assert sorted(path.name for path in out.iterdir()) == [
-        "checkpoint-120", lora.FILE, "run.json"
+        ".lock", "checkpoint-120", lora.FILE, "run.json"
     ]  # fmt: skip
     prior = lora.load(models.load_prior(wuerstchen), out)
     trained = error(prior, wuerstchen)

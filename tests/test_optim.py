@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minwurst import optim
+from minwurst import optim, signals
 from minwurst.config import UserError
 
 
@@ -132,15 +132,16 @@ def test_guard_stops_at_a_bad_loss():
 
 
 def test_guard_stops_at_a_bad_gradient_without_a_scaler():
-    assert optim.FiniteGuard(fp16=False).check(1, FINE, FINE)
+    assert optim.FiniteGuard(fp16=False).check(1, FINE, FINE) == (True, signals.NOTHING)
     with pytest.raises(UserError, match="Step 3: the gradient is not finite"):
         optim.FiniteGuard(fp16=False).check(3, FINE, INF)
 
 
 def test_guard_skips_overflows_a_few_times_in_a_row():
     guard = optim.FiniteGuard(fp16=True, patience=2)
-    assert not guard.check(1, FINE, INF) and not guard.check(2, FINE, NAN)
-    assert guard.check(3, FINE, FINE)  # counting starts again
-    assert not guard.check(4, FINE, INF) and not guard.check(5, FINE, INF)
+    finite = [guard.check(1, FINE, INF)[0], guard.check(2, FINE, NAN)[0]]
+    finite += [guard.check(3, FINE, FINE)[0]]  # counting starts again
+    finite += [guard.check(4, FINE, INF)[0], guard.check(5, FINE, INF)[0]]
+    assert finite == [False, False, True, False, False]
     with pytest.raises(UserError, match="Step 6"):
         guard.check(6, FINE, INF)

@@ -1,0 +1,242 @@
+"""A warm parent for tests that end processes: it imports once, then forks the runs.
+
+    with Warm(wuerstchen) as warm:
+        run = warm.start("train.py", flags(…), faults=[["step", 3, signal.SIGTERM]])
+        code, printed = run.wait()
+
+A forked run does what `python train.py …` does, in a session of its own, in half a second instead
+of ten. It can be told to send signals to this session at a place in the code, to kill itself at its
+n-th file operation, or to tell its operations.
+"""
+
+import functools
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Warm:
+    """The parent, for as long as the `with` block lasts. wuerstchen: to load once beforehand."""
+
+    def __init__(self, wuerstchen):
+        self.wuerstchen = wuerstchen
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", self.wuerstchen], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def ask(self, **request):
+        self.process.stdin.write(json.dumps(request, default=str) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, script, words, faults=(), kill_at=None, **variables):
+        """A run of a script.
+
+        faults: [place, which call of it, signal, …] of what to send. kill_at: number of the file
+        operation at which to die; 0 prints them.
+        """
+        log = tempfile.mkstemp(suffix=".log")[1]
+        request = {"faults": faults, "kill_at": kill_at, "variables": variables, "log": log}
+        return Run(self, self.ask(script=script, words=words, **request), Path(log))
+
+    def run(self, *arguments, **options):
+        return self.start(*arguments, **options).wait()
+
+
+class Run:
+    """A forked run: its process and what it printed so far."""
+
+    def __init__(self, warm, pid, log):
+        self.warm, self.pid, self.log = warm, pid, log
+
+    def wait(self):
+        """(exit code, or minus the signal that ended it; what it printed)."""
+        code, printed = self.warm.ask(wait=self.pid), self.log.read_text()
+        self.log.unlink()
+        return code, printed
+
+
+def serve():
+    """Answer requests from standard input, one a line; in a forked run, return what it is to do."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = wait(request["wait"])
+        else:
+            answer = os.fork()
+            if not answer:
+                return request
+        print(json.dumps(answer), flush=True)
+    return None
+
+
+def wait(pid, seconds=120):
+    for _ in range(100 * seconds):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "it ran on"
+
+
+def become(request):
+    """In a forked run: all that another process would not share with its parent."""
+    os.setsid()
+    log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(request["variables"])
+    sys.argv = [request["script"], *request["words"]]
+
+
+def send(place, call, *numbers):
+    """Send signals to the whole session when the place is reached for the call-th time.
+
+    By another process, as in life: workers tell their trainer's signals from others'.
+    """
+    module, name = PLACES[place]
+    function, calls = getattr(module, name), []
+
+    @functools.wraps(function)
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            for number in numbers:
+                kill = f"kill -{number} -{os.getpgrp()}"
+                subprocess.run(["bash", "-c", kill], start_new_session=True)
+        return function(*arguments, **options)
+
+    setattr(module, name, wrapped)
+
+
+class Operations:
+    """Counts what is done to files in saving, and kills the process at operation `kill_at`.
+
+    Python itself tells of what it is about to do with files, by audit events. What it does not
+    tell of, fsync and what safetensors writes, is wrapped. A file is killed before it is opened and
+    with half of its bytes written. A kill_at of 0 prints a line for each operation instead.
+    """
+
+    EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
+
+    def __init__(self, kill_at):
+        self.kill_at, self.count, self.depth = kill_at, 0, 0
+        self.watch(checkpoint, "save"), self.watch(train, "write_run"), self.watch(lora, "save")
+        self.watch(hub, "export_prior")
+        self.wrap(os, "fsync"), self.wrap_writing(checkpoint, "save_file")
+        self.wrap_writing(lora, "save_file")
+        sys.addaudithook(self.heard)
+
+    def heard(self, event, arguments):
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & 3
+        ours = self.depth and arguments[0] != os.devnull
+        if ours and (event in self.EVENTS or writes):
+            self.tick(f"{event} {arguments[0]}")
+
+    def tick(self, what, before=lambda: None):
+        self.count += 1
+        if not self.kill_at:
+            print(f"operation {self.count}: {what}", flush=True)
+        if self.count == self.kill_at:
+            self.depth = 0
+            before()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self, module, name):
+        """Count within this function only."""
+        function = getattr(module, name)
+
+        def watched(*arguments):
+            self.depth += 1
+            try:
+                return function(*arguments)
+            finally:
+                self.depth -= 1
+                print(f"{name} is done", flush=True)
+
+        setattr(module, name, watched)
+
+    def wrap(self, module, name):
+        function = getattr(module, name)
+
+        def wrapped(*arguments):
+            if self.depth:
+                self.tick(name)
+            return function(*arguments)
+
+        setattr(module, name, wrapped)
+
+    def wrap_writing(self, module, name):
+        function = getattr(module, name)
+
+        def wrapped(tensors, file, **options):
+            def half():
+                function(tensors, file, **options)
+                os.truncate(file, Path(file).stat().st_size // 2)
+
+            if self.depth:
+                self.tick(f"write {file}")
+                self.tick(f"half of {file}", half)
+            return function(tensors, file, **options)
+
+        setattr(module, name, wrapped)
+
+
+if __name__ == "__main__":
+    import numpy.ctypeslib  # noqa: F401 - a run would import it
+    import torch
+    from PIL import Image
+
+    import lora as lora_script
+    import train
+    from minwurst import checkpoint, config, cost, dist, draws, hub, lora, models
+
+    PLACES = {
+        "load": (models, "load_prior"), "step": (draws, "dropout_seed"),
+        "save": (checkpoint, "put_in_place"), "export": (hub, "write_pipeline"),
+    }  # fmt: skip
+    SCRIPTS = {
+        "train.py": (train.main, config.Settings),
+        "lora.py": (lora_script.main, config.LoRASettings),
+    }
+    # What a run's first use imports is imported here.
+    wuerstchen = Path(sys.argv[1])
+    models.load_text(wuerstchen, torch.float32)
+    config_of_prior = dict(models.load_prior(wuerstchen).config)
+    one = {"batch": 1, "cells": 1, "compute_type": torch.float32, "gradient_checkpointing": False}
+    cost.activations(config_of_prior, **one)
+    Image.init()
+    tasks = Path("/proc/self/task").iterdir()
+    threads = {task.joinpath("comm").read_text().strip() for task in tasks}
+    assert threads <= {"python", "python3", "jemalloc_bg_thd"}, "threads can't be forked safely"
+    gc.freeze()  # or each run would copy every page that its collector visits
+    request = serve()
+    if request:
+        become(request)
+        for fault in request["faults"]:
+            send(*fault)
+        if request["kill_at"] is not None:
+            Operations(request["kill_at"])
+        main, kind = SCRIPTS[request["script"]]
+        dist.run(main, hub.share, kind)
