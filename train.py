@@ -16,8 +16,8 @@ import math
 import torch
 
 from minwurst import (
-    checkpoint, config, cost, data, diffusion, dist, draws, hub, models, optim, pictures, pipelines,
-    signals, validation,
+    cache, checkpoint, config, cost, data, diffusion, dist, draws, hub, models, optim, pictures,
+    pipelines, signals, validation,
 )  # fmt: skip
 from minwurst.report import Log, check_trackers, closing, make_trackers, opening, say, write_run
 
@@ -44,7 +44,7 @@ def main(settings):
         settings.dataset_name, settings.dataset_config_name, settings.train_data_dir,
         settings.image_column, settings.caption_column, settings.cache_dir,
     )  # fmt: skip
-    rows = data.sample_rows(rows, settings.max_train_samples, seed)
+    all_rows = data.sample_rows(rows, settings.max_train_samples, seed)
     prior_folder = models.locate(
         "pretrained_prior_model_name_or_path",
         settings.pretrained_prior_model_name_or_path,
@@ -60,8 +60,13 @@ def main(settings):
         decoder_folder = pipelines.find_decoder(
             settings.pretrained_decoder_model_name_or_path, settings.cache_dir
         )
-    rows, fingerprint = data.check_rows(rows, settings.skip_bad_samples)
-    rows, held_out = data.hold_out(rows, settings.validation_split, seed)
+    found_good = None
+    if settings.cache_latents:
+        cache_dir = settings.cache_dir or output_dir
+        cache_dir = dist.on_main(checkpoint.make_folder, cache_dir, "cache_dir")
+        found_good = cache_dir / "good_rows.txt"
+    all_rows, fingerprint = data.check_rows(all_rows, settings.skip_bad_samples, found_good)
+    rows, held_out = data.hold_out(all_rows, settings.validation_split, seed)
 
     # ---- Length: a step is one update of the weights, whatever number of ranks share its batch.
     batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
@@ -74,11 +79,13 @@ def main(settings):
         say(f"Step {state['step']} is reached already: --max_train_steps would have to be larger.")
 
     # ---- What makes it this run and no other; one that goes on must agree.
-    encoders = (encoder_folder, text_folder / "text_encoder", text_folder / "tokenizer")
     identity = {
         "global_batch": global_batch,
         "data": fingerprint,
-        "encoders": dist.on_main(models.fingerprint, *encoders),
+        "encoders": dist.on_main(
+            models.fingerprint,
+            encoder_folder, text_folder / "text_encoder", text_folder / "tokenizer",
+        ),
         "prior": models.prior_sizes(prior_folder),
         "world": world,
     }
@@ -94,21 +101,29 @@ def main(settings):
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     torch.backends.cudnn.allow_tf32 = settings.allow_tf32
 
-    # ---- The frozen encoders turn a batch into what the prior sees.
-    tokenizer, text_encoder = models.load_text(text_folder, compute_type)
-    text_encoder.to(device)
-    image_encoder = models.load_image_encoder(encoder_folder).to(device)  # fp32, as trained
+    # ---- The frozen encoders turn a batch into what the prior sees; or all beforehand.
+    encoders = models.Encoders(text_folder, encoder_folder, compute_type, device)
+    prompts = settings.validation_prompts or []
+    if prompts:
+        models.tell_cut(encoders.for_text[0], prompts)
+    prompts = {prompt: encoders.text([prompt, ""]) for prompt in prompts}
 
-    @torch.no_grad()
     def encode(samples):
         """{"pixels": (B, 3, R, R), "captions": B texts} → (B, 16, h, w) fp32, (B, 77, D)."""
-        encoded = image_encoder(data.to_device(samples["pixels"], device))
-        text = models.encode_text(tokenizer, text_encoder, samples["captions"])
-        return diffusion.scale_latents(encoded), text
+        return encoders.latents(samples["pixels"]), encoders.text(samples["captions"])
+
+    make_pairs, workers = data.Pairs, settings.dataloader_num_workers
+    if settings.cache_latents:
+        folder = cache.place(
+            cache_dir, data=fingerprint, encoders=identity["encoders"],
+            resolution=settings.resolution, text_type=str(compute_type),
+        )  # fmt: skip
+        store = cache.fill(folder, all_rows, encoders, settings.resolution, workers)
+        encode, make_pairs = store.encode, functools.partial(cache.Pairs, store=store)
 
     # ---- The network, and by name what of it is trained: here, everything.
     prior = models.load_prior(prior_folder).to(device).train()
-    models.check_fit(prior, text_encoder, image_encoder)
+    models.check_fit(prior, encoders)
     if settings.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
     trainable = dict(prior.named_parameters())
@@ -152,16 +167,15 @@ def main(settings):
         dist.on_main(checkpoint.save, output_dir, step, groups, facts, limit)
 
     # ---- The stream of samples from where we stand, and where the numbers go.
-    pairs = data.Pairs(rows, settings.resolution, seed, settings.caption_dropout)
+    pairs = make_pairs(rows, settings.resolution, seed, settings.caption_dropout)
     cut = {"batch": batch, "accumulation": accumulation, "world": world}
     places = (place for step in steps for place in draws.micro_batches(step, rank, **cut))
-    workers, pin_memory = settings.dataloader_num_workers, device.type == "cuda"
-    stream = data.batches(pairs, places, workers, pin_memory)
+    stream = data.batches(pairs, places, workers, pin_memory=device.type == "cuda")
     guard = optim.FiniteGuard(
         fp16=scaler.is_enabled(),
         rows_of=lambda step, rank: pairs.row_numbers(draws.micro_batches(step, rank, **cut)),
     )
-    frozen = [text_encoder, image_encoder]
+    frozen = [] if settings.cache_latents else encoders.parts()
     cost.announce(
         settings, prior, trainable, frozen, compute_type,
         rows=len(rows), world=world, steps=steps,
@@ -176,7 +190,7 @@ def main(settings):
     log = Log(trackers, every=settings.logging_steps, steps=steps, global_batch=global_batch)
 
     # ---- Validation, before, during and after: pictures of the prompts, the loss on other rows.
-    looks, prompts, picture_folder = [], settings.validation_prompts, output_dir / "validation"
+    looks, picture_folder = [], output_dir / "validation"
 
     def make_decoder():
         if settings.validation_decoder == "preview":
@@ -184,14 +198,12 @@ def main(settings):
         return pictures.FullDecoder(decoder_folder, device, half=compute_type != torch.float32)
 
     if prompts:
-        models.tell_cut(tokenizer, prompts)
-        encode_prompts = functools.partial(models.encode_text, tokenizer, text_encoder)
         looks += [validation.Draw(
             prior, autocast, log, prompts, seed=seed, cells=settings.resolution // 32,
-            encode=encode_prompts, decoder=make_decoder, folder=picture_folder,
+            decoder=make_decoder, folder=picture_folder,
         )]  # fmt: skip
     if held_out:
-        others = data.Pairs(held_out, settings.resolution, draws.held_out_seed(seed))
+        others = make_pairs(held_out, settings.resolution, draws.held_out_seed(seed))
         looks += [validation.HeldOutLoss(
             prior, autocast, log, others, encode, batch=batch, workers=workers, device=device
         )]  # fmt: skip
@@ -253,9 +265,7 @@ def main(settings):
     result = output_dir / "prior_pipeline"
     with ema.in_place():
         dist.on_main(hub.export_prior, result, prior, text_folder)
-    closing(
-        result, picture_folder / validation.Draw.BOTH, log_folder, settings.report_to, prompts
-    )
+    closing(result, picture_folder / validation.Draw.BOTH, log_folder, settings)
 
 
 if __name__ == "__main__":

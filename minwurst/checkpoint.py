@@ -244,7 +244,7 @@ FREE = """
     pretrained_prior_model_name_or_path image_encoder_name_or_path
     dataset_name dataset_config_name train_data_dir image_column caption_column
     output_dir cache_dir checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-    lora_weights
+    lora_weights cache_latents
     demo logging_dir logging_steps report_to tracker_project_name
     validation_prompts validation_epochs validation_steps validation_decoder
     pretrained_decoder_model_name_or_path skip_bad_samples push_to_hub hub_model_id hub_private

@@ -107,6 +107,12 @@ class Settings:
         0,
         "Processes that decode pictures while the step runs; 0 decodes between steps.",
     )
+    cache_latents: bool = setting(
+        False,
+        "Encode every picture and every caption once, before training, into --cache_dir (by "
+        "default the output folder), where later runs on the same data and encoders find them. "
+        "At 768 pixels a picture takes 36 KiB and a caption 193 KiB in half precision.",
+    )
 
     # Length and batch
     train_batch_size: int = setting(1, "Pictures per device and micro-step.")
@@ -185,7 +191,10 @@ class Settings:
         "Path of a checkpoint, or `latest`: the newest whole one in --output_dir, a fresh start "
         "where there is none.",
     )
-    cache_dir: str = setting(None, "Where downloaded models and data sets are kept.")
+    cache_dir: str = setting(
+        None,
+        "Where downloaded models, data sets and what --cache_latents writes are kept.",
+    )
 
     # Seeing and sharing
     logging_dir: str = setting("logs", "TensorBoard's folder inside --output_dir.")

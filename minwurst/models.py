@@ -9,8 +9,10 @@ Parts are loaded one by one because the Hub's Würstchen pipelines do not load a
 diffusers 0.38. Only safetensors and JSON are read: no pickle, no remote code.
 """
 
+import functools
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import transformers
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from minwurst import checkpoint, data, report
+from minwurst import checkpoint, data, diffusion, report
 from minwurst.config import UserError
 from minwurst.effnet import EfficientNetEncoder
 from minwurst.prior import WuerstchenPrior
@@ -158,9 +160,57 @@ def load_image_encoder(folder):
     return load_part(encoder, folder, ".").requires_grad_(False).eval()
 
 
-def check_fit(prior, text_encoder, image_encoder):
+class Encoders:
+    """The two frozen encoders, each loaded onto the device when it is first needed."""
+
+    def __init__(self, text_folder, image_folder, compute_type, device):
+        """compute_type: the text encoder's; the image encoder is in fp32, as trained."""
+        self.text_folder, self.image_folder = text_folder, image_folder
+        self.compute_type, self.device = compute_type, device
+
+    @functools.cached_property
+    def for_text(self):
+        tokenizer, text_encoder = load_text(self.text_folder, self.compute_type)
+        return tokenizer, text_encoder.to(self.device)
+
+    @functools.cached_property
+    def for_pictures(self):
+        return load_image_encoder(self.image_folder).to(self.device)
+
+    def text(self, captions):
+        """B captions → their states (B, 77, D) in the compute type."""
+        return encode_text(*self.for_text, captions)
+
+    @torch.no_grad()
+    def latents(self, pixels):
+        """Pictures (B, 3, R, R) → (B, 16, R/32, R/32) fp32, scaled as the prior knows them."""
+        return diffusion.scale_latents(self.for_pictures(data.to_device(pixels, self.device)))
+
+    def shapes(self, side):
+        """((16, R/32, R/32), (77, D)) for pictures of side R, read from the configs alone."""
+        read = transformers.CLIPTextConfig.from_pretrained
+        text = load_part(read, self.text_folder, "text_encoder")
+        channels = load_part(EfficientNetEncoder.load_config, self.image_folder, ".")["c_latent"]
+        return (channels, side // 32, side // 32), (text.max_position_embeddings, text.hidden_size)
+
+    def bytes_each(self, side):
+        """What one picture's latents and one text's states take."""
+        sizes = [math.prod(shape) for shape in self.shapes(side)]
+        return sizes[0] * torch.float32.itemsize, sizes[1] * self.compute_type.itemsize
+
+    def parts(self):
+        """The modules, loaded."""
+        return [self.for_text[1], self.for_pictures]
+
+    def drop(self):
+        """Give back their memory; what is needed again is loaded again."""
+        for name in ("for_text", "for_pictures"):
+            self.__dict__.pop(name, None)
+
+
+def check_fit(prior, encoders):
     """UserError where the three parts do not agree on their widths."""
-    text, latent = text_encoder.config.hidden_size, image_encoder.config.c_latent
+    (latent, *_), (_, text) = encoders.shapes(32)
     c_in, c_cond = prior.config.c_in, prior.config.c_cond
     if text != c_cond:
         raise UserError(f"The text encoder is {text} wide, but the prior expects {c_cond}.")

@@ -79,7 +79,11 @@ class PreviewDecoder:
         for samples in report.progress(data.batches(pairs, places), "preview", total=len(places)):
             latents = encode(samples)[0].cpu()
             cells = self.neighbourhoods(latents)                                 # (B·h·w, 145)
-            pixels = samples["pixels"].permute(0, 2, 3, 1).numpy()                  # (B, R, R, 3)
+            pixels = samples.get("pixels")
+            if pixels is None:  # the samples come from a cache
+                rows = [pairs.row(position) for position in samples["positions"]]
+                pixels = torch.stack([pairs.pixels(row) for row in rows])
+            pixels = pixels.permute(0, 2, 3, 1).numpy()                             # (B, R, R, 3)
             pixels = torch.from_numpy(pixels * data.IMAGENET_STD + data.IMAGENET_MEAN)
             side = self.SIDE * latents.shape[-1]
             small = F.interpolate(pixels.permute(0, 3, 1, 2), (side, side), mode="area")

@@ -261,12 +261,13 @@ def opening(settings, device, world, resumed):
         say(f"going on from {resumed}")
 
 
-def closing(result, pictures, log_folder, report_to, prompts):
+def closing(result, pictures, log_folder, settings):
     """Where everything is, and how to draw more. pictures: a file that may be there."""
     say(f"done: {result} holds what was trained")
     if pictures.is_file():
         say(f"pictures before and after: {pictures}")
-    if report_to in ("tensorboard", "all"):
+    if settings.report_to in ("tensorboard", "all"):
         say(f"the log: tensorboard --logdir {log_folder}")
-    kind, prompt = "lora" if result.is_file() else "prior", shlex.quote((prompts or ["a bear"])[0])
-    say(f"draw more: python -m minwurst.sample --prompt {prompt} --{kind} {result.parent}")
+    kind, prompts = "lora" if result.is_file() else "prior", settings.validation_prompts
+    words = ["--prompt", (prompts or ["a bear"])[0], f"--{kind}", str(result.parent)]
+    say(f"draw more: python -m minwurst.sample {shlex.join(words)}")

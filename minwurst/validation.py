@@ -52,10 +52,13 @@ class Draw:
 
     FIRST, BOTH = "step-000000.png", "before_after.png"
 
-    def __init__(self, prior, autocast, log, prompts, *, seed, cells, encode, decoder, folder):
-        """cells: side of the latents in training. encode: captions → states. decoder: makes one."""
-        self.prior, self.autocast, self.log, self.prompts = prior, autocast, log, prompts
-        self.seed, self.encode, self.folder = seed, encode, folder
+    def __init__(self, prior, autocast, log, prompts, *, seed, cells, decoder, folder):
+        """prompts: {prompt: states of it and of the empty caption, (2, 77, D)}. cells: side of the
+        latents in training. decoder: makes one.
+        """
+        self.prior, self.autocast, self.log = prior, autocast, log
+        self.prompts, self.states = list(prompts), prompts
+        self.seed, self.folder = seed, folder
         dist.on_main(self.load, decoder)
         self.cells = dist.on_main(lambda: self.decode.cells(cells))
         if self.cells != cells:
@@ -78,7 +81,7 @@ class Draw:
     def latents(self, prompt):
         """One prompt's latents, (1, 16, h, w)."""
         return draw_latents(
-            self.prior, self.autocast, self.encode([prompt, ""]),
+            self.prior, self.autocast, self.states[prompt],
             seed=self.seed, place=draws.picture(prompt, 0), cells=self.cells,
         )  # fmt: skip
 

@@ -24,13 +24,17 @@ def test_parts_load(wuerstchen):
     prior = models.load_prior(wuerstchen)
     tokenizer, text_encoder = models.load_text(models.text_folder(wuerstchen), torch.bfloat16)
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")
-    models.check_fit(prior, text_encoder, encoder)
+    device = torch.device("cpu")
+    encoders = models.Encoders(wuerstchen, wuerstchen / "image_encoder", torch.bfloat16, device)
+    models.check_fit(prior, encoders)
     assert prior.dtype == encoder.dtype == torch.float32 and text_encoder.dtype == torch.bfloat16
     assert prior.training is False and not text_encoder.training and not encoder.training
     frozen = [*text_encoder.parameters(), *encoder.parameters()]
     assert not any(weight.requires_grad for weight in frozen)
     states = models.encode_text(tokenizer, text_encoder, ["a bear", ""])
     assert states.shape == (2, 77, 32)
+    assert encoders.shapes(96) == ((16, 3, 3), (77, 32))  # known before anything is loaded
+    assert torch.equal(encoders.text(["a bear", ""]), states)
 
 
 def test_text_is_encoded_as_the_pipeline_does(wuerstchen):
@@ -136,14 +140,11 @@ def test_pickles_are_not_read(copy):
 def test_parts_that_do_not_fit(wuerstchen, copy):
     file = copy / "text_encoder" / "config.json"
     config = json.loads(file.read_text())
-    prior, encoder = (
-        models.load_prior(wuerstchen),
-        models.load_image_encoder(wuerstchen / "image_encoder"),
-    )
-    text_encoder = models.load_text(wuerstchen, torch.float32)[1]
-    text_encoder.config.hidden_size = config["hidden_size"] + 1
-    with pytest.raises(UserError, match="The text encoder is 33 wide, but the prior expects 32"):
-        models.check_fit(prior, text_encoder, encoder)
+    file.write_text(json.dumps({**config, "hidden_size": config["hidden_size"] + 4}))
+    device = torch.device("cpu")
+    encoders = models.Encoders(copy, wuerstchen / "image_encoder", torch.float32, device)
+    with pytest.raises(UserError, match="The text encoder is 36 wide, but the prior expects 32"):
+        models.check_fit(models.load_prior(wuerstchen), encoders)
 
 
 def test_names_that_lead_nowhere():

@@ -83,7 +83,7 @@ def test_the_preview_recovers_a_linear_world():
                 torch.from_numpy(numbers)[:, None, None]
                 for numbers in (pictures.data.IMAGENET_MEAN, pictures.data.IMAGENET_STD)
             )
-            return (plain - mean) / std, "", position
+            return {"pixels": (plain - mean) / std, "captions": "", "positions": position}
 
     preview = pictures.PreviewDecoder(Pairs(), encode)
     latents = encode({"positions": [7]})[0]

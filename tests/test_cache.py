@@ -1,0 +1,299 @@
+"""The cache of encoded pairs: what the encoders would give, the same run, never a wrong file."""
+
+import pickle
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minwurst import cache, checkpoint, data, models
+from minwurst.config import UserError
+from tests import tiny
+from tests.conftest import assert_bitwise_equal, relative, torchrun, train_here
+
+CPU = torch.device("cpu")
+CACHED = {"cache_latents": True, "caption_dropout": 0.3, "train_data_dir": None}
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """The small pictures, but with one to three captions each, of which one is shared."""
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    texts = [[t, "a thing", f"{t} on white"][: 1 + n % 3] for n, t in enumerate(rows["text"])]
+    table = datasets.Dataset.from_dict(
+        {"image": rows["image"], "text": texts},
+        features=datasets.Features({"image": datasets.Image(), "text": [datasets.Value("string")]}),
+    )
+    folder = tmp_path_factory.mktemp("listed")
+    table.save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_files(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 16)
+
+
+def encoders_of(wuerstchen, compute_type=torch.float32):
+    return models.Encoders(wuerstchen, wuerstchen / "image_encoder", compute_type, CPU)
+
+
+def no_encoders(monkeypatch):
+    """From here on loading an encoder fails the test."""
+
+    def load(*_):
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr(models, "load_text", load)
+    monkeypatch.setattr(models, "load_image_encoder", load)
+
+
+@pytest.mark.parametrize(
+    ("compute_type", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_type, bound):
+    """Every sample of an epoch, with caption lists and dropped captions, for any workers."""
+    rows = data.open_rows(str(listed), None, None, "image", "text")
+    encoders = encoders_of(wuerstchen, compute_type)
+    store = cache.fill(tmp_path, rows, encoders, 64)
+    chosen = rows.select(range(20, 50))  # as where rows are held out
+    plain = data.Pairs(chosen, 64, 3, 0.3)
+    cached = cache.Pairs(chosen, 64, 3, 0.3, store=store)
+    places = [range(start, start + 5) for start in range(0, 30, 5)]
+    met = set()
+    one, two = (data.batches(cached, places, workers) for workers in (0, 2))
+    for found, again, samples in zip(one, two, data.batches(plain, places), strict=True):
+        assert found["positions"] == samples["positions"] == again["positions"]
+        latents, text = store.encode(found)
+        assert torch.equal(latents, again["latents"]) and torch.equal(text, again["text"])
+        assert latents.dtype == torch.float32 and text.dtype == compute_type
+        assert relative(latents, encoders.latents(samples["pixels"])) < 1e-5
+        assert relative(text, encoders.text(samples["captions"])) < bound
+        met.update(samples["captions"])
+    assert "" in met and "a thing" in met
+    assert store.text.count < sum(map(len, rows["text"]))  # each text once
+
+
+@pytest.mark.parametrize("script", ["train.py", "lora.py"])
+def test_a_cached_run_is_the_same_run(wuerstchen, listed, tmp_path, script, monkeypatch):
+    """Cache made now or found, the run in one piece or resumed: the same weights, bit for bit."""
+    settings = {
+        **CACHED, "dataset_name": listed, "script": script, "mixed_precision": "bf16",
+        "use_ema": True, "gradient_accumulation_steps": 2, "checkpointing_steps": 2,
+    }  # fmt: skip
+    made = train_here(wuerstchen, tmp_path / "made", **settings)
+    shared = {**settings, "cache_dir": tmp_path / "cache"}
+    train_here(wuerstchen, tmp_path / "first", **{**shared, "max_train_steps": 1})
+    no_encoders(monkeypatch)
+    decoded = []
+    open_picture = data.open_picture
+    monkeypatch.setattr(data, "open_picture", lambda row: decoded.append(1) or open_picture(row))
+    parts = train_here(wuerstchen, tmp_path / "parts", **{**shared, "max_train_steps": 2})
+    train_here(
+        wuerstchen, parts, **shared, dataloader_num_workers=1, resume_from_checkpoint="latest"
+    )
+    assert not decoded
+    assert_bitwise_equal(made / "checkpoint-4", parts / "checkpoint-4")
+
+
+def test_a_cached_run_trains_as_an_uncached_one(still_wuerstchen, tmp_path):
+    """And one may go on as the other."""
+    settings = {"checkpointing_steps": 2, "caption_dropout": 0.3}
+    plain = train_here(still_wuerstchen, tmp_path / "plain", **settings)
+    cached = train_here(still_wuerstchen, tmp_path / "cached", **settings, cache_latents=True)
+    one, two = (load_file(out / "checkpoint-4/weights.safetensors") for out in (plain, cached))
+    for name, weight in one.items():
+        if not name.endswith("to_k.bias"):
+            assert relative(two[name], weight) < 1e-4, name
+    checkpoint.remove(cached / "checkpoint-4")
+    back = train_here(still_wuerstchen, cached, **settings, resume_from_checkpoint="latest")
+    assert (back / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("decoder", ["full", "preview"])
+def test_validation_works_with_it(wuerstchen, tmp_path, decoder, capsys):
+    """Held-out rows come from the cache, prompts are encoded beforehand, pictures still shown."""
+    looks = {
+        "pretrained_decoder_model_name_or_path": wuerstchen / "decoder",
+        "validation_prompts": "a bear", "validation_split": 0.1, "validation_decoder": decoder,
+        "resolution": 96,
+    }  # fmt: skip
+    said, pictures = [], []
+    for cached in (False, True):
+        out = train_here(wuerstchen, tmp_path / str(cached), **looks, cache_latents=cached)
+        found = [line for line in capsys.readouterr().out.splitlines() if "held out" in line]
+        said.append([float(line.split("loss ")[1].split()[0]) for line in found])
+        pictures.append((out / "validation/step-000000.png").read_bytes())
+    assert len(said[0]) == 2 and said[1] == pytest.approx(said[0], rel=1e-3)
+    assert decoder == "preview" or pictures[0] == pictures[1]
+
+
+def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
+    """Two ranks make the files that one makes, and train on them as one does."""
+    monkeypatch.undo()  # the ranks have files of the usual length
+    settings = {**CACHED, "dataset_name": listed, "cache_dir": tmp_path / "shared"}
+    two = torchrun(2, still_wuerstchen, tmp_path / "two", **settings, train_batch_size=2)
+    found = {file.name: file.read_bytes() for file in tmp_path.glob("shared/latents-*/*")}
+    assert len(found) == 3  # 56 pictures; 76 captions
+    rows = data.open_rows(str(listed), None, None, "image", "text")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes
+    cache.fill(tmp_path / "alone", rows, encoders_of(still_wuerstchen), 64)
+    torch.set_num_threads(threads)
+    assert found == {file.name: file.read_bytes() for file in tmp_path.glob("alone/*")}
+    no_encoders(monkeypatch)
+    one = train_here(still_wuerstchen, tmp_path / "one", **settings)
+    one, two = (load_file(out / "checkpoint-4/weights.safetensors") for out in (one, two))
+    for name, weight in one.items():
+        if not name.endswith("to_k.bias"):
+            assert relative(two[name], weight) < 2e-5, name
+
+
+def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
+    """What it is sent are names: also where processes are not forked, no tensor is copied."""
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    store = cache.fill(tmp_path, rows, encoders_of(wuerstchen), 64)
+    text = store.text[5]
+    packed = pickle.dumps(store)
+    assert len(packed) < 20_000
+    assert torch.equal(pickle.loads(packed).text[5], text)
+
+
+# ---- Files that are not what they should be.
+
+
+@pytest.fixture
+def filled(wuerstchen, tmp_path):
+    """(folder, rows, the content of its files) of a whole cache."""
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    cache.fill(tmp_path / "cache", rows, encoders_of(wuerstchen), 64)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    assert len(files) == 8  # of 56 pictures and 57 captions, 16 each
+    return tmp_path / "cache", rows, files
+
+
+def flipped(content):
+    return content[:-100] + bytes([content[-100] ^ 1]) + content[-99:]
+
+
+DAMAGE = {
+    "cut short": lambda content: content[:-1],
+    "flipped": flipped,
+    "header flipped": lambda content: content[:3] + b"x" + content[4:],
+    "empty": lambda content: b"",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_a_damaged_file_alone_is_written_again(wuerstchen, filled, kind, change, monkeypatch):
+    folder, rows, before = filled
+    bad = f"{kind}-00000016.safetensors"
+    if change is None:
+        (folder / bad).unlink()
+    else:
+        (folder / bad).write_bytes(change(before[bad]))
+    written, write = [], cache.Shelf.write
+    monkeypatch.setattr(
+        cache.Shelf, "write", lambda self, start, tensor: written.append(self.file(start).name)
+        or write(self, start, tensor),
+    )  # fmt: skip
+    encoders, other = encoders_of(wuerstchen), {"text": "for_pictures", "latents": "for_text"}[kind]
+    monkeypatch.delattr(models.Encoders, other)  # the one that nothing needs is not loaded
+    cache.fill(folder, rows, encoders, 64)
+    assert written == [bad]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_file_of_another_length_is_written_again(wuerstchen, filled):
+    """A whole file, sealed as it should be, but for fewer rows."""
+    folder, rows, before = filled
+    file = folder / "latents-00000048.safetensors"
+    tensor = load_file(file)["latents"][:3].clone()
+    save_file({"latents": tensor}, file, metadata={"sha256": cache.digest(tensor)})
+    cache.fill(folder, rows, encoders_of(wuerstchen), 64)
+    assert file.read_bytes() == before[file.name]
+
+
+def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, capsys):
+    """Stopped in the middle of a file: what was written is kept, the rest is encoded."""
+    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    latents, calls = models.Encoders.latents, []
+
+    def stop(self, pixels):
+        calls.append(len(pixels))
+        if sum(calls) > 40:
+            raise KeyboardInterrupt
+        return latents(self, pixels)
+
+    monkeypatch.setattr(models.Encoders, "latents", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(tmp_path, rows, encoders_of(wuerstchen), 64)
+    assert len(list(tmp_path.glob("latents-*"))) == 2 and len(list(tmp_path.glob("text-*"))) == 4
+    calls.clear(), capsys.readouterr()
+    monkeypatch.setattr(
+        models.Encoders, "latents", lambda self, pixels: calls.append(1) or latents(self, pixels)
+    )
+    cache.fill(tmp_path, rows, encoders_of(wuerstchen), 64)
+    assert "24 pictures and 0 captions to encode" in capsys.readouterr().out
+    assert len(calls) == 3  # 24 pictures, 8 at a time
+
+
+def test_other_facts_have_another_folder(tmp_path):
+    facts = {"data": "1", "encoders": "2", "resolution": 64, "text_type": "torch.bfloat16"}
+    changed = [{**facts, name: "other"} for name in facts]
+    folders = {cache.place(tmp_path, **known) for known in [facts, facts, *changed]}
+    assert len(folders) == 5
+
+
+def test_a_changed_picture_is_not_served_from_it(wuerstchen, listed, tmp_path, capsys):
+    """The same command on other pictures: another folder, and they are checked and encoded."""
+    rows = datasets.load_from_disk(str(listed))
+    rows.select([*range(1, 56), 0]).save_to_disk(tmp_path / "turned")
+    settings = {**CACHED, "cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    for number, folder in enumerate((listed, listed, tmp_path / "turned")):
+        train_here(wuerstchen, tmp_path / f"run {number}", **settings, dataset_name=folder)
+        said = capsys.readouterr().out
+        assert f", {0 if number == 1 else 56} pictures and" in said
+    assert len(list((tmp_path / "cache").glob("latents-*"))) == 2
+
+
+def test_a_bad_row_is_still_named(tmp_path):
+    """What was found good is remembered by its content, so what changed since is looked at."""
+    table = {"image": [], "text": []}
+    for name in ("bear.webp", "bank.webp"):
+        table["image"].append({"bytes": (tiny.PICTURES / name).read_bytes(), "path": None})
+        table["text"].append(name)
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+
+    def check(found_good):
+        rows = datasets.Dataset.from_dict(table, features=features).add_column("number", range(2))
+        return data.check_rows(rows.cast_column("image", datasets.Image(decode=False)), found_good)
+
+    first, again = (check(tmp_path / "good") for _ in range(2))
+    assert first == again == check(None)
+    table["image"][1]["bytes"] = table["image"][1]["bytes"][:500]
+    with pytest.raises(UserError, match="Row 1: the picture can't be read"):
+        check(tmp_path / "good")
+
+
+def test_a_disk_too_small_is_refused(wuerstchen, tmp_path, monkeypatch):
+    usage = cache.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=10000))
+    with pytest.raises(UserError, match=r"--cache_latents: .* needs 0\.\d MiB more, and 0.0 MiB"):
+        train_here(wuerstchen, tmp_path, cache_latents=True)
+
+
+def test_a_write_that_fails_leaves_nothing_half(wuerstchen, tmp_path, monkeypatch):
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(UserError, match="text-00000000.safetensors was not written: No space") as e:
+        train_here(wuerstchen, tmp_path, cache_latents=True)
+    assert e.value.alone
+    (folder,) = tmp_path.glob("latents-*")
+    assert not list(folder.iterdir())
