@@ -26,6 +26,7 @@ TRAIN = {
     "image_encoder_name_or_path": str(WEIGHTS / "image_encoder"),
     "train_data_dir": str(PICTURES),
     "resolution": 192,
+    "cache_latents": True,
     "train_batch_size": 32,
     "max_train_steps": 100,
     "learning_rate": 3e-4,
