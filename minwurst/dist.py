@@ -82,7 +82,15 @@ def start():
     else:
         device = torch.device("cpu")
     if world > 1:
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        # torchrun keeps its store through restarts, and with it the addresses of ranks that are
+        # dead (pytorch/pytorch#135712). Agents of several machines count restarts differently.
+        store, _, _ = next(torch_dist.rendezvous("env://", timeout=PATIENCE))
+        alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+        start = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else "any"
+        torch_dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, rank=number,
+            world_size=world, store=torch_dist.PrefixStore(f"start {start}", store),
+        )  # fmt: skip
     return number, world, device
 
 

@@ -99,14 +99,14 @@ def train_here(wuerstchen, output_dir, script="train.py", **changed):
     return Path(output_dir)
 
 
-def start(*words, **variables):
+def start(*words, stdout=subprocess.PIPE, **variables):
     """A command in the repository's root, with one thread a process and both streams in one."""
     return subprocess.Popen(
         [str(word) for word in words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
         text=True,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
     )
 

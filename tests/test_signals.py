@@ -1,15 +1,22 @@
 """Signals end a step, not a run: saved once, by all ranks alike, and resumed to the same end."""
 
+import contextlib
+import os
+import re
+import shlex
 import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from minwurst import checkpoint
-from tests.conftest import assert_bitwise_equal, flags, free_port, start
+from tests.conftest import ROOT, assert_bitwise_equal, flags, free_port, start
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 RESUME = {"resume_from_checkpoint": "latest"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = {"train_data_dir": None, "train_batch_size": 1, "max_train_steps": 6}
 
 
@@ -61,33 +68,124 @@ def test_a_signal_at_any_time(warm, wuerstchen, few, whole, tmp_path, name):
     assert_bitwise_equal(whole / script / "checkpoint-6", tmp_path / "checkpoint-6")
 
 
-def ranks(warm, words, faults):
-    """Two ranks, one of which meets the faults. Returns their exit codes and what they printed."""
+def start_ranks(warm, words, faults=(), **options):
+    """Two ranks, the last of which meets the faults."""
     place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     place = {name: str(value) for name, value in place.items()}
-    runs = [
-        warm.start(
-            "train.py", words, faults if rank else (), **place, RANK=str(rank), LOCAL_RANK=str(rank)
-        )
-        for rank in range(2)
+    places = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [
+        warm.start("train.py", words, fault, **options, **place)
+        for fault, place in zip([(), faults], places, strict=True)
     ]
-    return [run.wait() for run in runs]
 
 
 @pytest.mark.parametrize(("number", "code", "saved"), [(TERM, 143, [3]), (USR1, 0, [3, 6])])
 def test_one_rank_that_hears_it_is_enough(warm, wuerstchen, few, tmp_path, number, code, saved):
     settings = {**SHORT, "dataset_name": few, "dataloader_num_workers": 1}
-    found = ranks(warm, flags(wuerstchen, tmp_path, **settings), [["step", 3, number]])
+    runs = start_ranks(warm, flags(wuerstchen, tmp_path, **settings), [["step", 3, number]])
+    found = [run.wait() for run in runs]
     assert [one for one, _ in found] == [code, code], found
     assert steps(tmp_path) == saved
     assert sum("saved and stopped" in printed for _, printed in found) == (code > 0)
 
 
-# ---- Under torchrun, whose agent passes signals on.
+def test_a_rank_that_stalls_ends_the_others(warm, wuerstchen, few, tmp_path):
+    """A stopped process answers to nothing; the other one's patience ends, its checkpoint stays."""
+    words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=2)
+    waiting, stopped = start_ranks(warm, words, [["step", 4, signal.SIGSTOP]], patience=10)
+    code, printed = waiting.wait()
+    assert code == 1 and "imed out" in printed, printed
+    assert steps(tmp_path) == [2] and checkpoint.find("latest", tmp_path)
+    os.killpg(stopped.pid, signal.SIGKILL)
+    assert stopped.wait()[0] == -signal.SIGKILL
 
 
-def torchrun(wuerstchen, few, out, *options, ranks=2, script="train.py", **changed):
-    agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    agent += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", *options]
-    settings = {**SHORT, **RESUME, "dataset_name": few, "max_train_steps": 2000, **changed}
-    return start(*agent, script, *flags(wuerstchen, out, **settings))
+# ---- Under torchrun and a scheduler, whose signals come from all sides.
+
+
+def family(pid):
+    """A process and all its descendants, as the kernel has them now."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone since it was listed
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+@pytest.fixture
+def launched():
+    """Commands that end with the test, with all they started, also where it fails."""
+    processes = []
+    yield processes
+    for process in processes:
+        for pid in family(process.pid) if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition, process, seconds=90):
+    for _ in range(100 * seconds):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def a_rank(agent):
+    """The process of the last rank that the agent started."""
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family(agent.pid)[1:]}
+    return max(pid for pid in words if "train.py" in words[pid])
+
+
+def test_a_rank_that_dies_is_started_again(launched, warm, wuerstchen, few, tmp_path):
+    """kill -9 of one rank: all end, start again, and end as if nothing had been."""
+    settings = {**SHORT, **RESUME, "dataset_name": few, "max_train_steps": 60}
+    settings |= {"checkpointing_steps": 5, "checkpoints_total_limit": 2}
+    found = [
+        run.wait() for run in start_ranks(warm, flags(wuerstchen, tmp_path / "whole", **settings))
+    ]
+    assert [code for code, _ in found] == [0, 0], found
+    out = tmp_path / "out"
+    agent = start(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=1", "train.py", *flags(wuerstchen, out, **settings),
+    )  # fmt: skip
+    launched.append(agent)
+    wait_for((out / "checkpoint-10").exists, agent)
+    os.kill(a_rank(agent), signal.SIGKILL)
+    printed, _ = agent.communicate(timeout=120)
+    assert agent.returncode == 0 and "going on from" in printed, printed
+    assert_bitwise_equal(tmp_path / "whole" / "checkpoint-60", out / "checkpoint-60")
+
+
+def test_the_readmes_slurm_script(launched, wuerstchen, few, tmp_path):
+    """As it stands, but for the flags and the number of GPUs: it is told that its time is up."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README, re.DOTALL)
+    settings = {**SHORT, **RESUME, "dataset_name": few, "max_train_steps": 100000}
+    settings |= {"dataloader_num_workers": 1, "logging_steps": 1}
+    words = shlex.join(flags(wuerstchen, tmp_path / "out", **settings))
+    given, count = re.subn(r"train\.py .*?(?= &\n)", f"train.py {words}", script, flags=re.DOTALL)
+    given = given.replace("--nproc_per_node=gpu", "--nproc_per_node=2 --standalone")
+    assert count == 1 and "--nproc_per_node=2" in given
+    (tmp_path / "job").write_text(given)
+    for name, line in {
+        "scontrol": f'echo "$@" > {tmp_path}/asked',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    log = tmp_path / "log"
+    with open(log, "w") as opened:
+        job = start("bash", tmp_path / "job", PATH=path, SLURM_JOB_ID="17", stdout=opened)
+        launched.append(job)
+        wait_for(lambda: "step 2/" in log.read_text(), job)
+        os.kill(job.pid, USR1)
+        job.wait(timeout=60)
+    assert "SIGTERM: saved and stopped" in log.read_text(), log.read_text()
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert len(steps(tmp_path / "out")) == 1 and checkpoint.find("latest", tmp_path / "out")

@@ -9,6 +9,7 @@ of ten. It can be told to send signals to this session at a place in the code, t
 n-th file operation, or to tell its operations.
 """
 
+import datetime
 import functools
 import gc
 import json
@@ -47,15 +48,16 @@ class Warm:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, script, words, faults=(), kill_at=None, **variables):
+    def start(self, script, words, faults=(), kill_at=None, patience=60, **variables):
         """A run of a script.
 
         faults: [place, which call of it, signal, …] of what to send. kill_at: number of the file
-        operation at which to die; 0 prints them.
+        operation at which to die; 0 prints them. patience: seconds that ranks wait for each other.
         """
         log = tempfile.mkstemp(suffix=".log")[1]
-        request = {"faults": faults, "kill_at": kill_at, "variables": variables, "log": log}
-        return Run(self, self.ask(script=script, words=words, **request), Path(log))
+        how = {"faults": faults, "kill_at": kill_at, "patience": patience, "log": log}
+        pid = self.ask(script=script, words=words, variables=variables, **how)
+        return Run(self, pid, Path(log))
 
     def run(self, *arguments, **options):
         return self.start(*arguments, **options).wait()
@@ -113,7 +115,8 @@ def become(request):
 def send(place, call, *numbers):
     """Send signals to the whole session when the place is reached for the call-th time.
 
-    By another process, as in life: workers tell their trainer's signals from others'.
+    By another process, as in life: workers tell their trainer's signals from others'. In place of
+    a signal, "nan" poisons what the place returns.
     """
     module, name = PLACES[place]
     function, calls = getattr(module, name), []
@@ -122,6 +125,8 @@ def send(place, call, *numbers):
     def wrapped(*arguments, **options):
         calls.append(1)
         if len(calls) == call:
+            if numbers == ("nan",):
+                return function(*arguments, **options) * float("nan")
             for number in numbers:
                 kill = f"kill -{number} -{os.getpgrp()}"
                 subprocess.run(["bash", "-c", kill], start_new_session=True)
@@ -210,11 +215,12 @@ if __name__ == "__main__":
 
     import lora as lora_script
     import train
-    from minwurst import checkpoint, config, cost, dist, draws, hub, lora, models
+    from minwurst import checkpoint, config, cost, diffusion, dist, draws, hub, lora, models
 
     PLACES = {
         "load": (models, "load_prior"), "step": (draws, "dropout_seed"),
         "save": (checkpoint, "put_in_place"), "export": (hub, "write_pipeline"),
+        "noise": (diffusion, "add_noise"),
     }  # fmt: skip
     SCRIPTS = {
         "train.py": (train.main, config.Settings),
@@ -238,5 +244,6 @@ if __name__ == "__main__":
             send(*fault)
         if request["kill_at"] is not None:
             Operations(request["kill_at"])
+        dist.PATIENCE = datetime.timedelta(seconds=request["patience"])
         main, kind = SCRIPTS[request["script"]]
         dist.run(main, hub.share, kind)

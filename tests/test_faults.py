@@ -1,0 +1,222 @@
+"""Disks, locks, numbers and files that fail or mean harm: nothing is lost, and it is said why."""
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from minwurst import checkpoint, data, draws, lora, models
+from minwurst.config import UserError
+from tests.conftest import assert_bitwise_equal, flags, train_here
+from tests.test_signals import SHORT, start_ranks, steps
+
+RESUME = {"resume_from_checkpoint": "latest"}
+
+
+# ---- The disk.
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+    """A small file system of its own, in memory."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("script", ["train.py", "lora.py"])
+def test_a_full_disk_loses_nothing(wuerstchen, few, tmp_path, monkeypatch, script):
+    """Full while a checkpoint is written, then while the result is; with space again it goes on."""
+    settings = {**SHORT, **RESUME, "dataset_name": few, "script": script, "checkpointing_steps": 2}
+    whole = train_here(wuerstchen, tmp_path / "whole", **settings)
+    sizes = [file.stat().st_size for file in (whole / "checkpoint-6").iterdir()]
+    one = sum(-(-size // 4096) * 4096 for size in sizes)  # a tmpfs counts pages
+    room_left_at = {2: one // 2}
+    take = data.Pairs.__getitem__
+
+    def fill(pairs, position):
+        if position in room_left_at:
+            free = shutil.disk_usage(disk).free - room_left_at.pop(position)
+            (disk / "filler").write_bytes(b"x" * free)
+        return take(pairs, position)
+
+    with mounted(tmp_path / "disk", "size=40m") as disk:
+        monkeypatch.setattr(data.Pairs, "__getitem__", fill)
+        said = "checkpoint-4 was not written: .*space.* It needs [0-9,]+ bytes"
+        for next_room, saved in (({5: one + 4096}, [2]), ({}, [2, 4, 6])):
+            with pytest.raises(UserError, match=said):
+                train_here(wuerstchen, disk / "out", **{**settings, "max_train_steps": 6})
+            assert steps(disk / "out") == saved
+            hidden = [path.name for path in (disk / "out").iterdir() if path.name[0] == "."]
+            assert hidden == [".lock"]  # the half that was written is gone
+            (disk / "filler").unlink()
+            room_left_at |= next_room
+            said = "(prior_pipeline|lora_weights.safetensors) was not written: .*space.* is intact"
+        train_here(wuerstchen, disk / "out", **settings)
+        assert_bitwise_equal(whole / "checkpoint-6", disk / "out" / "checkpoint-6")
+
+
+def test_a_read_only_folder_is_said_first(warm, wuerstchen, tmp_path):
+    with mounted(tmp_path / "disk", "ro") as disk:
+        words = flags(wuerstchen, disk / "out", pretrained_prior_model_name_or_path="nowhere")
+        code, printed = warm.run("train.py", words)
+        assert code == 2
+        assert printed == (
+            f"train.py: --output_dir {disk / 'out'} can't be written: Read-only file system.\n"
+        )
+
+
+# ---- Two runs, one folder.
+
+
+def test_the_second_run_on_a_folder_is_refused(warm, wuerstchen, few, tmp_path):
+    """While the first lives, and not a moment longer, though its workers live on for seconds."""
+    settings = {**SHORT, **RESUME, "dataset_name": few, "checkpointing_steps": 2}
+    words = flags(wuerstchen, tmp_path, **settings, dataloader_num_workers=2)
+    first = warm.start("train.py", [*words, "--max_train_steps=100000"])
+    for _ in range(6000):
+        if steps(tmp_path):
+            break
+        time.sleep(0.01)
+    code, printed = warm.run("train.py", words)
+    assert code == 2 and printed.count("\n") == 1
+    assert printed.startswith(f"train.py: --output_dir {tmp_path}: another run is writing there.")
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait()[0] == -signal.SIGKILL
+    reached = steps(tmp_path)[-1]
+    code, printed = warm.run("train.py", [*words, f"--max_train_steps={reached + 2}"])
+    assert code == 0 and f"going on from {tmp_path}/checkpoint-{reached}" in printed
+
+
+def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", unknown)
+    checkpoint.lock(tmp_path)
+    assert "can't be locked ([Errno 37] No locks available)" in capsys.readouterr().out
+
+
+# ---- Numbers.
+
+
+def test_a_bad_loss_on_one_rank_stops_all(warm, wuerstchen, few, tmp_path):
+    words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=1)
+    first, second = start_ranks(warm, words, [["noise", 4, "nan"]])
+    rows = [draws.row_at(7, 7, 5)]  # step 4 of two ranks ends with position 7
+    said = f"train.py: Step 4: the loss is not finite on rank 1, rows {rows}. It changed no weight."
+    code, printed = first.wait()
+    assert code == 2 and printed.splitlines()[-1].startswith(said), printed
+    assert second.wait()[0] == 2
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+# ---- Files that mean harm.
+
+
+class Harmful:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+PARTS = {
+    "prior": (models.load_prior, "diffusion_pytorch_model"),
+    "image_encoder": (
+        lambda folder: models.load_image_encoder(folder / "image_encoder"),
+        "diffusion_pytorch_model",
+    ),
+    "text_encoder": (lambda folder: models.load_text(folder, torch.float32), "model"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["beside", "instead", "under its name"])
+def test_no_pickle_is_executed(wuerstchen, tmp_path, part, name):
+    """In any of the names that libraries look for, beside good weights or in place of them."""
+    load, stem = PARTS[part]
+    copy = shutil.copytree(wuerstchen, tmp_path / "copy")
+    harm = pickle.dumps(Harmful(tmp_path / "executed"))
+    for file in (f"{stem}.bin", f"{stem}.pt", "pytorch_model.bin", "model.pt"):
+        (copy / part / file).write_bytes(harm)
+    good = copy / part / f"{stem}.safetensors"
+    assert good.is_file()
+    if name == "beside":
+        load(copy)
+    else:
+        good.write_bytes(harm) if name == "under its name" else good.unlink()
+        with pytest.raises(UserError, match=f"{part}.* can't be loaded"):
+            load(copy)
+    assert not (tmp_path / "executed").exists()
+    pickle.loads(harm)  # it would have
+    assert (tmp_path / "executed").exists()
+
+
+def test_no_pickle_is_executed_as_a_lora(tmp_path):
+    for name in ("pytorch_lora_weights.bin", lora.FILE):
+        (tmp_path / name).write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
+        for file in (tmp_path / name, tmp_path):
+            with pytest.raises(UserError, match="LoRA "):
+                lora.read(file)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_no_code_of_a_data_set_is_executed(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("pictures.py", "train.py", "dataset_infos.py"):
+        (folder / name).write_text(f"import os; os.mkdir({str(tmp_path / 'executed')!r})")
+    for source in (folder, folder / "pictures.py"):
+        with pytest.raises(UserError, match="--dataset_name .* can't be read"):
+            data.open_rows(str(source), None, None, "image", "text")
+    assert not (tmp_path / "executed").exists()
+
+
+OUTSIDE = ["../secret.png", "/etc/passwd", "{}/secret.png", "sub/../../secret.png"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
+    """Named in a metadata.jsonl, or in a table; a picture inside is taken."""
+    path, folder = path.format(tmp_path), tmp_path / "pictures"
+    folder.mkdir()
+    for file in (tmp_path / "secret.png", folder / "good.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    rows = [{"file_name": name, "text": "a"} for name in ("good.png", path)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="--train_data_dir .*can't be read"):
+        data.open_rows(None, None, str(folder), "image", "text")
+    absolute, good = os.path.join(folder, path), str(folder / "good.png")
+    for kind, stored in (
+        (datasets.Value("string"), [good, absolute]),
+        (datasets.Image(), [{"path": place, "bytes": None} for place in (good, absolute)]),
+        (datasets.Image(), [{"path": good, "bytes": None}, {"path": absolute, "bytes": b""}]),
+    ):
+        features = datasets.Features({"image": kind, "text": datasets.Value("string")})
+        table = datasets.Dataset.from_dict({"image": stored, "text": ["a", "b"]}, features)
+        for name, length in (("good", 1), ("bad", 2)):
+            pq.write_table(table.data.table.slice(length=length), folder / f"{name}.parquet")
+        with pytest.raises(UserError, match="Row 1: its picture .* lies outside the data set's"):
+            data.open_rows(str(folder / "bad.parquet"), None, None, "image", "text")
+        (row,) = data.open_rows(str(folder / "good.parquet"), None, None, "image", "text")
+        assert data.open_picture(row).size == (8, 8)
