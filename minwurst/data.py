@@ -47,8 +47,10 @@ def open_rows(
     source = Path(dataset_name or train_data_dir)
     try:
         if not dataset_name:
+            # By itself the library takes a picture called "test tube.webp" for a split of its own.
+            inside = source / "train" if (source / "train").is_dir() else source
             found = datasets.load_dataset(
-                "imagefolder", data_dir=train_data_dir, cache_dir=cache_dir
+                "imagefolder", data_dir=str(inside), data_files={"train": "**"}, cache_dir=cache_dir
             )
         elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(dataset_name)

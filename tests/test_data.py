@@ -255,3 +255,18 @@ def test_worker_error_is_one_line(tmp_path):
         ) as raised:
             next(data.batches(pairs, [range(1)], workers))
         assert raised.value.alone  # so that this rank says it, whichever it is
+
+
+@pytest.mark.parametrize("inside", [".", "train"])
+def test_names_of_pictures_are_no_splits(tmp_path, inside):
+    """A tram, a train and a test tube in a folder are three pictures of one set."""
+    folder = tmp_path / "set" / inside
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["high_speed_train.webp", "test_tube.webp", "tram.webp"]
+    lines = [f'{{"file_name": "{name}", "text": "{name[:4]}"}}\n' for name in names]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    (folder / "README.md").write_text("three pictures")
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    rows = data.open_rows(None, None, str(tmp_path / "set"), "image", "text")
+    assert sorted(rows["text"]) == ["high", "test", "tram"]
