@@ -336,6 +336,12 @@ def reference_pixels(picture, side):
     return values.sub(mean).div(std)
 
 
+def reference_image_encoder(folder):
+    """In the plain memory format; the caller casts it to the reference's type, the compute type."""
+    encoder = EfficientNetEncoder.from_pretrained(folder, low_cpu_mem_usage=False)
+    return encoder.requires_grad_(False).eval().to(DEVICE)
+
+
 def open_pictures():
     pictures = make_pictures(WORK / "pictures-48", 48)
     return data.open_rows(None, None, str(pictures), "image", "text")
@@ -361,7 +367,7 @@ def read_data(rounds):
 def encoded_both_ways(folder, rows):
     """(the reference's pairs, those out of a cache), functions each; shown to give the same."""
     encoders = models.Encoders(folder, folder / "image_encoder", torch.bfloat16, DEVICE)
-    image_encoder = models.load_image_encoder(folder / "image_encoder").to(DEVICE)
+    image_encoder = reference_image_encoder(folder / "image_encoder")
 
     @torch.no_grad()
     def theirs():
@@ -437,7 +443,7 @@ def reference_run(settings):
     folder = Path(settings.pretrained_prior_model_name_or_path)
     tokenizer, text_encoder = models.load_text(folder, half)
     text_encoder.to(DEVICE)
-    image_encoder = models.load_image_encoder(settings.image_encoder_name_or_path).to(DEVICE, half)
+    image_encoder = reference_image_encoder(settings.image_encoder_name_or_path).to(half)
     prior = Reference.from_pretrained(folder / "prior", low_cpu_mem_usage=False)
     prior.to(DEVICE).train()
     optimizer = default_optimizer(prior.parameters())
