@@ -146,7 +146,7 @@ def preprocess(picture, side):
     x, y = width / new_width, height / new_height  # picture pixels per resized pixel
     box = (left * x, top * y, (left + side) * x, (top + side) * y)
     square = picture.resize((side, side), Image.Resampling.BILINEAR, box=box)
-    # Channels first, then the arithmetic: over a last axis of three NumPy takes eight times longer.
+    # Channels first, then arithmetic: over a last axis of three NumPy takes eight times as long.
     values = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")   # (3, side, side)
     values = (values / 255 - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
     return torch.from_numpy(values)
