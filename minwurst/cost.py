@@ -26,14 +26,15 @@ PUBLISHED = {
 
 
 def activations(
-    config, *, batch, cells, compute_type, gradient_checkpointing, tokens=77, adapt=None
-):
+    config, *, batch, cells, compute_type, gradient_checkpointing, tokens=77, adapt=None,
+    kind=WuerstchenPrior,
+):  # fmt: skip
     """Bytes that one forward pass of the prior keeps for the backward pass.
 
     config: the prior's. cells: side of the latent. adapt: puts adapters into a prior, whose other
-    weights are then frozen in the compute type. Under autocast the weights' copies in the
-    compute type are among them; with gradient checkpointing the blocks that are computed again
-    together in the backward pass come on top.
+    weights are then frozen in the compute type. kind: the prior's class. Under autocast the
+    weights' copies in the compute type are among them; with gradient checkpointing the blocks that
+    are computed again together in the backward pass come on top.
     """
 
     def kept(depth, recompute):
@@ -44,7 +45,7 @@ def activations(
             return tensor
 
         with FakeTensorMode(), default_type(compute_type if adapt else torch.float32):
-            prior = WuerstchenPrior(**{**config, "depth": depth})
+            prior = kind(**{**config, "depth": depth})
             if adapt:
                 adapt(prior)
             prior.gradient_checkpointing = recompute

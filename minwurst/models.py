@@ -152,10 +152,11 @@ def load_text(folder, dtype):
 
 
 def load_image_encoder(folder):
-    """The frozen image encoder, fp32 as its authors ran it."""
+    """The frozen image encoder, fp32 as its authors ran it, its channels last: that is faster."""
 
     def encoder(place):
-        return load_weights(EfficientNetEncoder, place, low_cpu_mem_usage=False).float()
+        loaded = load_weights(EfficientNetEncoder, place, low_cpu_mem_usage=False)
+        return loaded.to(torch.float32, memory_format=torch.channels_last)
 
     return load_part(encoder, folder, ".").requires_grad_(False).eval()
 
@@ -184,7 +185,8 @@ class Encoders:
     @torch.no_grad()
     def latents(self, pixels):
         """Pictures (B, 3, R, R) → (B, 16, R/32, R/32) fp32, scaled as the prior knows them."""
-        return diffusion.scale_latents(self.for_pictures(data.to_device(pixels, self.device)))
+        encoded = self.for_pictures(data.to_device(pixels, self.device)).contiguous()
+        return diffusion.scale_latents(encoded)
 
     def shapes(self, side):
         """((16, R/32, R/32), (77, D)) for pictures of side R, read from the configs alone."""

@@ -57,6 +57,7 @@ def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_t
     rows = data.open_rows(str(listed), None, None, "image", "text")
     encoders = encoders_of(wuerstchen, compute_type)
     store = cache.fill(tmp_path, rows, encoders, 64)
+    assert not {"for_text", "for_pictures"} & vars(encoders).keys()  # they have left the device
     chosen = rows.select(range(20, 50))  # as where rows are held out
     plain = data.Pairs(chosen, 64, 3, 0.3)
     cached = cache.Pairs(chosen, 64, 3, 0.3, store=store)
@@ -248,16 +249,22 @@ def test_other_facts_have_another_folder(tmp_path):
     assert len(folders) == 5
 
 
-def test_a_changed_picture_is_not_served_from_it(wuerstchen, listed, tmp_path, capsys):
-    """The same command on other pictures: another folder, and they are checked and encoded."""
+def test_what_changed_is_encoded_anew(wuerstchen, listed, tmp_path, capsys):
+    """The same command finds everything; with other pictures, encoders, sizes or types nothing."""
     rows = datasets.load_from_disk(str(listed))
     rows.select([*range(1, 56), 0]).save_to_disk(tmp_path / "turned")
-    settings = {**CACHED, "cache_dir": tmp_path / "cache", "max_train_steps": 1}
-    for number, folder in enumerate((listed, listed, tmp_path / "turned")):
-        train_here(wuerstchen, tmp_path / f"run {number}", **settings, dataset_name=folder)
-        said = capsys.readouterr().out
-        assert f", {0 if number == 1 else 56} pictures and" in said
-    assert len(list((tmp_path / "cache").glob("latents-*"))) == 2
+    other = tiny.make(tmp_path / "other", seed=1)
+    changes = [
+        {}, {"seed": 8}, {"dataset_name": tmp_path / "turned"}, {"resolution": 96},
+        {"mixed_precision": "bf16"}, {"image_encoder_name_or_path": other / "image_encoder"},
+    ]  # fmt: skip
+    settings = {"dataset_name": listed, "cache_dir": tmp_path / "cache", "max_train_steps": 1}
+    train_here(wuerstchen, tmp_path / "first", **CACHED, **settings)
+    for number, change in enumerate(changes):
+        capsys.readouterr()
+        train_here(wuerstchen, tmp_path / str(number), **CACHED, **{**settings, **change})
+        encoded = 0 if number < 2 else 56
+        assert f", {encoded} pictures and" in capsys.readouterr().out, change
 
 
 def test_a_bad_row_is_still_named(tmp_path):

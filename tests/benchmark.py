@@ -1,0 +1,635 @@
+"""How fast and how large, beside the reference's way of doing the same.
+
+    python -m tests.benchmark                        # everything: an hour on two cores
+    python -m tests.benchmark step memory --rounds=9
+
+The reference's way is what diffusers' training script does, in our words: its class of the prior
+with its default attention, torch's default AdamW, the time drawn in the compute type, two reads of
+the device a micro-step, and pictures that are decoded and encoded again in every epoch. Both sides
+take turns in one process (whole runs: in processes of their own, in turn), so that whatever else
+the machine does meets both. A time is the median over rounds, a ratio the median of the rounds'
+ratios, with the lowest and the highest. Before anything is timed both are shown to compute the
+same. What is printed stands in the README.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from minwurst import cache, checkpoint, config, cost, data, diffusion, draws, lora, models, optim
+from minwurst.effnet import EfficientNetEncoder
+from minwurst.pipelines import class_beside
+from minwurst.prior import WuerstchenPrior
+from tests import tiny
+
+Reference = class_beside(diffusers.WuerstchenPriorPipeline, "WuerstchenPrior")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PIECE = {**cost.PUBLISHED, "depth": 2}  # the published width, a sixteenth of the depth
+WORK = Path("runs/benchmark")
+MODEL = WORK / "wuerstchen"
+CELLS = 24  # of 768 pixels
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+# ---- Taking turns.
+
+
+def wait():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def take_turns(sides, rounds):
+    """Seconds of each function in `sides`, by name, in each round; a first one is not counted."""
+    seconds = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else reversed(sides):
+            wait()
+            start = time.perf_counter()
+            sides[name]()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def duration(seconds):
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def row(what, theirs, ours):
+    """A line of the table from the seconds of both sides' rounds."""
+    ratios = [one / two for one, two in zip(theirs, ours, strict=True)]
+    medians = [duration(statistics.median(found)) for found in (theirs, ours)]
+    spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
+    print(f"| {what} | {medians[0]} | {medians[1]} | {statistics.median(ratios):.2f} | {spread} |")
+    sys.stdout.flush()
+
+
+def note(what, text):
+    print(f"| {what} | | {text} | | |", flush=True)
+
+
+def relative(found, expected):
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def agree(found, expected, bound, what):
+    assert relative(found, expected) < bound, f"{what} differs: {relative(found, expected):.1e}"
+
+
+# ---- One step of each side.
+
+
+def make_pair(config):
+    """(ours, the reference's) with the same random weights."""
+    torch.manual_seed(0)
+    ours = tiny.make_prior(**config)
+    reference = Reference(**config)
+    reference.load_state_dict(ours.state_dict())
+    return ours.to(DEVICE), reference.to(DEVICE)
+
+
+def make_batch(batch, cells, compute_type):
+    """(latents, text) such as the encoders give."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 16, cells, cells, generator=generator)
+    text = torch.randn(batch, 77, 1280, generator=generator)
+    return diffusion.scale_latents(latents).to(DEVICE), text.to(DEVICE, compute_type)
+
+
+def autocast(compute_type):
+    return torch.autocast(DEVICE.type, compute_type, enabled=compute_type != torch.float32)
+
+
+def our_pass(prior, latents, text, compute_type, position=0):
+    """Forward and backward as in the loop."""
+    positions = range(position, position + len(latents))
+    t = data.to_device(diffusion.timesteps(draws.uniform(1, positions), "uniform"), DEVICE)
+    noise = data.to_device(draws.noise(1, positions, latents.shape[1:]), DEVICE)
+    noisy = diffusion.add_noise(latents, noise, t)
+    with autocast(compute_type):
+        predicted = prior(noisy, t, text)
+    error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+    loss = (diffusion.loss_weight(t, "none") * error).mean()
+    loss.backward()
+    return loss.detach()
+
+
+def reference_pass(prior, latents, text, compute_type):
+    """Forward and backward as in the reference, with its two reads of the device."""
+    noise = torch.randn_like(latents)
+    t = torch.rand(len(latents), device=DEVICE, dtype=compute_type)
+    noisy = diffusers.DDPMWuerstchenScheduler().add_noise(latents, noise, t)
+    with autocast(compute_type):
+        predicted = prior(noisy, t, text)
+    loss = F.mse_loss(predicted.float(), noise.float())
+    loss.repeat(len(latents)).mean().item()
+    loss.backward()
+    return loss.detach().item()
+
+
+def update(optimizer, trainable):
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def our_optimizer(trainable):
+    return optim.adamw(trainable, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
+
+
+def default_optimizer(trainable):
+    return torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0)
+
+
+def assert_same(ours, reference, latents, text, bounds):
+    """Same output and gradients without dropout, same weights after an update of the same ones."""
+    t = torch.rand(len(latents), device=DEVICE)
+    for compute_type, bound in bounds.items():
+        outputs = []
+        for prior in (ours, reference):
+            prior.eval().zero_grad()
+            with autocast(compute_type):
+                outputs.append(prior(latents, t, text.to(compute_type)).float())
+            outputs[-1].square().mean().backward()
+        agree(*outputs, bound, f"the output in {NAMES[compute_type]}")
+        for (name, one), two in zip(ours.named_parameters(), reference.parameters(), strict=True):
+            if not name.endswith("to_k.bias"):  # zero but for rounding
+                agree(one.grad, two.grad, 5 * bound, f"{name}'s gradient in {NAMES[compute_type]}")
+    weights = [torch.randn(1000, device=DEVICE) for _ in range(2)]
+    weights[1].copy_(weights[0])
+    for weight, make in zip(weights, (our_optimizer, default_optimizer), strict=True):
+        weight.grad = weights[0].sin()
+        make([weight]).step()
+    agree(*weights, 1e-6, "AdamW")
+    ours.train().zero_grad(), reference.train().zero_grad()
+
+
+def flops(config, batch, cells):
+    """Floating-point operations of a forward and backward pass: three times the forward one's."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        noisy, text = torch.empty(batch, 16, cells, cells), torch.empty(batch, 77, 1280)
+        WuerstchenPrior(**config)(noisy, torch.empty(batch), text)
+    return 3 * counter.get_total_flops()
+
+
+def matmul_peak(compute_type, rounds):
+    """FLOP/s of the fastest square matrix product that was found."""
+    best = 0
+    for side in (2048, 4096) if DEVICE.type == "cpu" else (4096, 8192, 16384):
+        a = torch.randn(side, side, device=DEVICE, dtype=compute_type)
+        times = take_turns({"product": lambda a=a: a @ a}, rounds)["product"]
+        best = max(best, 2 * side**3 / min(times))
+    return best
+
+
+def step(rounds):
+    """One step at the published width, depth 2, 24×24 cells, two pictures."""
+    ours, reference = make_pair(PIECE)
+    latents, text = make_batch(2, CELLS, torch.float32)
+    assert_same(ours, reference, latents, text, {torch.float32: 1e-4, torch.bfloat16: 5e-2})
+    both = {"theirs": reference, "ours": ours}
+    makers = {"theirs": default_optimizer, "ours": our_optimizer}
+    weights = {name: list(prior.parameters()) for name, prior in both.items()}
+    optimizers = {name: makers[name](weights[name]) for name in both}
+    passes, updates = {}, {}
+    for compute_type in NAMES:
+        half = text.to(compute_type)
+        sides = {
+            "theirs": lambda c=compute_type, x=half: reference_pass(reference, latents.to(c), x, c),
+            "ours": lambda c=compute_type, x=half: our_pass(ours, latents, x, c),
+        }
+        passes[compute_type] = take_turns(sides, rounds)
+    for name in both:
+        (reference_pass if name == "theirs" else our_pass)(both[name], latents, text, torch.float32)
+        torch.nn.utils.clip_grad_norm_(weights[name], 1.0)
+        updates[name] = optimizers[name].step
+    updates = take_turns(updates, rounds)
+    for compute_type, name in NAMES.items():
+        found = passes[compute_type]
+        row(f"step, {name}: forward and backward", found["theirs"], found["ours"])
+    row("step: AdamW", updates["theirs"], updates["ours"])
+    whole = {
+        c: {n: [a + b for a, b in zip(found[n], updates[n], strict=True)] for n in found}
+        for c, found in passes.items()
+    }
+    for compute_type, name in NAMES.items():
+        row(f"step, {name}: both", whole[compute_type]["theirs"], whole[compute_type]["ours"])
+    row(
+        "step, bf16 here, fp32 there: both",
+        whole[torch.float32]["theirs"], whole[torch.bfloat16]["ours"],
+    )  # fmt: skip
+    count = flops(PIECE, 2, CELLS)
+    for compute_type, name in NAMES.items():
+        peak = matmul_peak(compute_type, rounds)
+        reached = count / statistics.median(passes[compute_type]["ours"])
+        note(
+            f"{name}: FLOP/s of forward and backward",
+            f"{reached / 1e9:.0f} G, {reached / peak:.0%} of a matrix product's {peak / 1e9:.0f} G",
+        )
+
+
+# ---- Memory, counted on tensors that have none.
+
+
+def memory(rounds=0):
+    """What autograd keeps for the backward pass of each picture of 768 pixels, at the real size.
+
+    Two pictures less one: the weights' copies in bf16, which autocast keeps once on both sides,
+    are not in it.
+    """
+
+    def a_picture(compute_type, kind, recompute=False):
+        common = {"cells": CELLS, "compute_type": compute_type, "kind": kind}
+        one, two = (
+            cost.activations(
+                cost.PUBLISHED, batch=batch, gradient_checkpointing=recompute, **common
+            )
+            for batch in (1, 2)
+        )
+        return two - one
+
+    for compute_type, name in NAMES.items():
+        theirs = a_picture(compute_type, Reference)
+        for recompute in (False, True):
+            ours = a_picture(compute_type, WuerstchenPrior, recompute)
+            what = f"activations a picture, {name}" + ", gradient checkpointing here" * recompute
+            kept = f"{cost.gib(theirs)} | {cost.gib(ours)} | {ours / theirs:.2f}"
+            print(f"| {what} | {kept} of it | counted |")
+
+
+# ---- Pictures and captions.
+
+
+def make_pictures(folder, count, side=1024):
+    """Captioned JPEG pictures: the tests' own, enlarged."""
+    if not (folder / "metadata.jsonl").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text").select(range(count))
+        lines = []
+        for number, found in enumerate(rows):
+            large = data.open_picture(found).resize((side, side), Image.Resampling.LANCZOS)
+            large.save(folder / f"{number:03}.jpg", quality=92)
+            lines.append({"file_name": f"{number:03}.jpg", "text": found["text"]})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def make_wuerstchen(folder):
+    """Encoders of the published sizes, in the types they are used in, and a small prior; random."""
+    if not (folder / "prior").is_dir():
+        rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+        tokenizer = tiny.make_tokenizer(rows["text"], size=700, length=77)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        end = tokenizer.eos_token_id
+        bigg = transformers.CLIPTextConfig(  # the text tower of CLIP ViT-bigG
+            vocab_size=49408, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+            num_attention_heads=20, hidden_act="gelu", projection_dim=1280,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        with cost.default_type(torch.bfloat16):
+            transformers.CLIPTextModel(bigg).save_pretrained(folder / "text_encoder")
+        encoder = EfficientNetEncoder().train()
+        with torch.no_grad():  # batch norms that have seen pictures give latents of unit spread
+            for module in encoder.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.momentum = None
+            pixels = [data.preprocess(data.open_picture(rows[n]), 256) for n in range(8)]
+            encoder(torch.stack(pixels))
+        encoder.save_pretrained(folder / "image_encoder")
+        tiny.make_prior(c=128, c_cond=1280, nhead=2).save_pretrained(folder / "prior")
+    return folder
+
+
+def reference_pixels(picture, side):
+    """As torchvision does it: the whole picture is resized, then cut, then normalised."""
+    picture = picture.convert("RGB")
+    width, height = picture.size
+    size = [int(side * length / min(width, height)) for length in (width, height)]
+    picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((length - side) / 2) for length in size)
+    picture = picture.crop((left, top, left + side, top + side))
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return values.sub(mean).div(std)
+
+
+def reference_image_encoder(folder):
+    """In the plain memory format; the caller casts it to the reference's type, the compute type."""
+    encoder = EfficientNetEncoder.from_pretrained(folder, low_cpu_mem_usage=False)
+    return encoder.requires_grad_(False).eval().to(DEVICE)
+
+
+def open_pictures():
+    pictures = make_pictures(WORK / "pictures-48", 48)
+    return data.open_rows(None, None, str(pictures), "image", "text")
+
+
+def read_data(rounds):
+    """Eight JPEG pictures of 1024 pixels become what the image encoder takes."""
+    rows = open_pictures().select(range(8))
+    files = [found["image"]["path"] for found in rows]
+
+    def theirs():
+        return [reference_pixels(Image.open(file), 768) for file in files]
+
+    def ours():
+        return [data.preprocess(data.open_picture(rows[n]), 768) for n in range(8)]
+
+    for one, two in zip(theirs(), ours(), strict=True):
+        agree(two, one, 2e-2, "a picture")
+    row("data: 8 JPEG pictures to pixels", *take_turns({"t": theirs, "o": ours}, rounds).values())
+
+
+@torch.no_grad()
+def encoded_both_ways(folder, rows):
+    """(the reference's pairs, those out of a cache), functions each; shown to give the same."""
+    encoders = models.Encoders(folder, folder / "image_encoder", torch.bfloat16, DEVICE)
+    image_encoder = reference_image_encoder(folder / "image_encoder")
+
+    @torch.no_grad()
+    def theirs():
+        pixels = torch.stack([reference_pixels(data.open_picture(row), 768) for row in rows])
+        latents = image_encoder(pixels.to(DEVICE, image_encoder.dtype)).add(1.0).div(42.0)
+        return latents, encoders.text(list(rows["text"]))
+
+    with tempfile.TemporaryDirectory(dir=WORK) as place:
+        with contextlib.redirect_stdout(sys.stderr):  # what it says is no part of the table
+            store = cache.fill(Path(place), rows, encoders, 768)
+        pairs = cache.Pairs(rows, 768, 1, store=store)
+        found = [pairs[n] for n in range(len(rows))]  # which maps the files, so they may go
+
+    def ours():
+        return store.encode(data.collate([pairs[position] for position in range(len(rows))]))
+
+    places = [store.rows[pairs.row(n)["number"]] for n in range(len(found))]
+    for one, two in zip(ours(), theirs(), strict=True):
+        agree(one, two[places], 2e-2, "a pair from the cache")
+    image_encoder.to(torch.bfloat16)  # the reference's type, in which random weights say little
+    return theirs, ours
+
+
+@torch.no_grad()
+def encode(rounds, count=8):
+    """Pictures and captions become pairs: encoded, or read from the cache."""
+    rows = open_pictures().select(range(count))
+    folder, half = make_wuerstchen(MODEL), torch.bfloat16
+    their_pairs, our_pairs = encoded_both_ways(folder, rows)
+    encoders = models.Encoders(folder, folder / "image_encoder", half, DEVICE)
+    pixels = torch.stack([data.preprocess(data.open_picture(found), 768) for found in rows])
+    captions = list(rows["text"])
+    sides = {
+        "pairs encoded": their_pairs, "pairs read": our_pairs,
+        "pictures": lambda: encoders.latents(pixels), "captions": lambda: encoders.text(captions),
+    }  # fmt: skip
+    found = take_turns(sides, rounds)
+    row(f"{count} files to pairs, here from the cache", found["pairs encoded"], found["pairs read"])
+    for what in ("pictures", "captions"):
+        note(f"encode {count} {what}", duration(statistics.median(found[what])))
+
+
+def save(rounds):
+    """Weights and optimizer of the prior's piece: here sealed, flushed and renamed."""
+    prior, _ = make_pair(PIECE)
+    trainable = dict(prior.named_parameters())
+    optimizer = our_optimizer(trainable.values())
+    our_pass(prior, *make_batch(1, 3, torch.float32), torch.float32)
+    optimizer.step()
+    size = 3 * sum(weight.nbytes for weight in trainable.values())
+    with tempfile.TemporaryDirectory(dir=WORK) as place:
+        place = Path(place)
+
+        def theirs():
+            save_file(prior.state_dict(), place / "model.safetensors")
+            torch.save(optimizer.state_dict(), place / "optimizer.bin")
+
+        def ours():
+            tensors, _ = optim.state_by_name(optimizer, trainable)
+            checkpoint.save(place, 1, {"weights": trainable, "optimizer": tensors}, {})
+
+        found = take_turns({"t": theirs, "o": ours}, rounds)
+    row(f"save: {cost.gib(size)}; here with SHA-256 and flushed to the disk", *found.values())
+
+
+# ---- Whole runs, in processes of their own.
+
+
+def reference_run(settings):
+    """The reference's training, uncached, to the end: its loop, and weights and state saved."""
+    half = {"no": torch.float32, "bf16": torch.bfloat16}[settings.mixed_precision]
+    torch.manual_seed(settings.seed)
+    folder = Path(settings.pretrained_prior_model_name_or_path)
+    tokenizer, text_encoder = models.load_text(folder, half)
+    text_encoder.to(DEVICE)
+    image_encoder = reference_image_encoder(settings.image_encoder_name_or_path).to(half)
+    prior = Reference.from_pretrained(folder / "prior", low_cpu_mem_usage=False)
+    prior.to(DEVICE).train()
+    optimizer = default_optimizer(prior.parameters())
+    rows = datasets.load_dataset("imagefolder", data_dir=settings.train_data_dir, split="train")
+
+    def transform(found):
+        words = tokenizer(found["text"], padding="max_length", truncation=True)
+        pixels = [reference_pixels(picture, settings.resolution) for picture in found["image"]]
+        return {"pixels": pixels, "words": words.input_ids, "mask": words.attention_mask}
+
+    def collate(found):
+        pixels = torch.stack([one["pixels"] for one in found])
+        return pixels, *(torch.tensor([one[name] for one in found]) for name in ("words", "mask"))
+
+    loader = torch.utils.data.DataLoader(
+        rows.with_transform(transform), batch_size=settings.train_batch_size, shuffle=True,
+        collate_fn=collate, num_workers=settings.dataloader_num_workers,
+    )  # fmt: skip
+    for _ in range(settings.num_train_epochs):
+        for pixels, words, mask in loader:
+            with torch.no_grad():
+                text = text_encoder(words.to(DEVICE), attention_mask=mask.bool().to(DEVICE))
+                latents = image_encoder(pixels.to(DEVICE, half)).add(1.0).div(42.0)
+            reference_pass(prior, latents, text.last_hidden_state, half)
+            update(optimizer, prior.parameters())
+    out = Path(settings.output_dir)
+    prior.save_pretrained(out)
+    torch.save(optimizer.state_dict(), out / "optimizer.bin")
+
+
+def run(rounds, epochs=10, count=48):
+    """48 JPEG pictures, real encoders, a small prior, bf16, ten epochs: start to result."""
+    pictures, folder = make_pictures(WORK / f"pictures-{count}", count), make_wuerstchen(MODEL)
+    encoded_both_ways(folder, open_pictures().select(range(2)))
+    common = [
+        f"--pretrained_prior_model_name_or_path={folder}",
+        f"--image_encoder_name_or_path={folder / 'image_encoder'}",
+        f"--train_data_dir={pictures}", "--resolution=768", "--train_batch_size=4",
+        f"--num_train_epochs={epochs}", "--mixed_precision=bf16", "--seed=1", "--report_to=none",
+    ]  # fmt: skip
+    out = WORK / "out"
+    commands = {
+        "theirs": ["-m", "tests.benchmark", "reference", *common, f"--output_dir={out}"],
+        "ours": ["train.py", *common, f"--output_dir={out}", "--cache_latents"],
+        "again": [
+            "train.py", *common, f"--output_dir={out}", "--cache_latents", f"--cache_dir={WORK}",
+        ],
+    }  # fmt: skip
+
+    def start(words):
+        shutil.rmtree(out, ignore_errors=True)
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+
+    sides = {name: functools.partial(start, words) for name, words in commands.items()}
+    found = {name: [] for name in sides}
+    sides["again"]()  # that fills its cache
+    for _ in range(rounds):
+        for name, side in sides.items():
+            begin = time.perf_counter()
+            side()
+            found[name].append(time.perf_counter() - begin)
+    what = f"run of {epochs} epochs, {count} pictures, start to result"
+    row(f"{what}; here with --cache_latents", found["theirs"], found["ours"])
+    row(f"{what}; here with an earlier run's cache", found["theirs"], found["again"])
+
+
+# ---- On a GPU, the real size.
+
+
+def adapters(prior, ours):
+    """The trained parameters of a LoRA of rank 4 in each side's own way."""
+    prior.requires_grad_(False).to(torch.bfloat16)
+    if ours:
+        return list(lora.inject(prior, 4, 4, ["attention"]).values())
+    import peft
+
+    prior.add_adapter(
+        peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    )
+    return [weight for weight in prior.parameters() if weight.requires_grad]
+
+
+def kernels(function):
+    """How many kernels a call starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        wait()
+    kinds = (event.device_type for event in profile.events())
+    return sum(kind == torch.autograd.DeviceType.CUDA for kind in kinds)
+
+
+def gpu_sides(priors, trained, batch):
+    """{name: one optimizer step} of the reference, of ours, and of ours less one choice each."""
+    ours, reference = priors
+    latents, text = make_batch(batch, CELLS, torch.bfloat16)
+    fused, plain = our_optimizer(trained[0]), default_optimizer(trained[0])
+    theirs = default_optimizer(trained[1])
+
+    def their_step():
+        reference_pass(reference, latents.bfloat16(), text, torch.bfloat16)
+        update(theirs, trained[1])
+
+    def our_step(optimizer=fused, attention=None, reads=0):
+        with sdpa_kernel(attention) if attention else contextlib.nullcontext():
+            loss = our_pass(ours, latents, text, torch.bfloat16)
+        for _ in range(reads):
+            loss.item()
+        update(optimizer, trained[0])
+
+    return {
+        "theirs": their_step,
+        "ours": our_step,
+        "default AdamW": functools.partial(our_step, optimizer=plain),
+        "plain attention": functools.partial(our_step, attention=SDPBackend.MATH),
+        "two reads": functools.partial(our_step, reads=2),
+    }
+
+
+def gpu(rounds):
+    """At 768 pixels in bf16: batches, LoRA, gradient checkpointing, and what each choice buys."""
+    if DEVICE.type != "cuda":
+        note("on a GPU: batches of 4, 16, 32, full and LoRA, ablation", "not measured")
+        return
+    peak = matmul_peak(torch.bfloat16, rounds)
+    for kind, recompute in itertools.product(("full", "LoRA"), (False, True)):
+        priors = make_pair(cost.PUBLISHED)
+        if kind == "full":
+            trained = [list(prior.parameters()) for prior in priors]
+        else:
+            trained = [adapters(priors[0], ours=True), adapters(priors[1], ours=False)]
+        for prior in priors:
+            prior.train()
+            if recompute:
+                prior.enable_gradient_checkpointing()
+        for batch in (4, 16, 32):
+            what = f"GPU, {kind}, batch {batch}" + ", gradient checkpointing" * recompute
+            try:
+                sides = gpu_sides(priors, trained, batch)
+                found = take_turns(sides, rounds)
+                counts = {name: kernels(sides[name]) for name in ("ours", "theirs")}
+                peaks = {name: gpu_memory(sides[name]) for name in ("ours", "theirs")}
+            except torch.OutOfMemoryError:
+                note(what, "both sides together do not fit")
+                continue
+            row(what, found["theirs"], found["ours"])
+            print(f"| kernels | {counts['theirs']} | {counts['ours']} | | |")
+            print(f"| peak memory of it | {peaks['theirs']} | {peaks['ours']} | | |")
+            seconds = statistics.median(found["ours"])
+            share = flops(cost.PUBLISHED, batch, CELLS) / seconds / peak
+            speed = f"{batch / seconds:.1f} pictures/s"
+            note("", speed + f", {share:.0%} of a matrix product's FLOP/s" * (kind == "full"))
+            for name in list(sides)[2:]:
+                row(f"here with {name} (first), and without", found[name], found["ours"])
+        del priors, trained, sides, prior
+        torch.cuda.empty_cache()
+
+
+def gpu_memory(function):
+    """The most that tensors take on the GPU within a call, beyond what lies there already."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return cost.gib(torch.cuda.max_memory_allocated() - before)
+
+
+PARTS = {
+    "step": step, "memory": memory, "encode": encode, "data": read_data, "save": save, "run": run,
+    "gpu": gpu,
+}  # fmt: skip
+
+
+def main(words):
+    if words[:1] == ["reference"]:
+        return reference_run(config.parse(config.Settings, words[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["all"], choices=[*PARTS, "all"])
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args(words)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    WORK.mkdir(parents=True, exist_ok=True)
+    print("| measured | reference's way | here | ratio | lowest – highest |")
+    print("|---|---|---|---|---|")
+    for name in PARTS if "all" in given.parts else given.parts:
+        # A whole run is long enough to be measured fewer times.
+        PARTS[name](min(given.rounds, 3) if name == "run" else given.rounds)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
