@@ -220,3 +220,26 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
             data.open_rows(str(folder / "bad.parquet"), None, None, "image", "text")
         (row,) = data.open_rows(str(folder / "good.parquet"), None, None, "image", "text")
         assert data.open_picture(row).size == (8, 8)
+
+
+def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
+    """Two ranks end as one process does on a data set that never had the bad rows."""
+    good = data.open_rows(str(few), None, None, "image", "text").remove_columns("number")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    bad = {"image": [{"bytes": b"broken", "path": None}], "text": ["bad"]}
+    bad = datasets.Dataset.from_dict(bad, features)
+    mixed = datasets.concatenate_datasets([bad, good.cast(features), bad])
+    mixed.save_to_disk(tmp_path / "mixed")
+    settings = {**SHORT, "checkpointing_steps": 3}
+    words = flags(wuerstchen, tmp_path / "two", **settings, dataset_name=tmp_path / "mixed")
+    found = [run.wait() for run in start_ranks(warm, [*words, "--skip_bad_samples"])]
+    assert [code for code, _ in found] == [0, 0], found
+    printed = "".join(printed for _, printed in found)
+    assert "left out: Row 0" in printed and "left out: Row 6" in printed
+    assert printed.count("left out in all: 2 of 7 rows") == 1
+    words = flags(wuerstchen, tmp_path / "never", **settings, dataset_name=few)
+    found = [run.wait() for run in start_ranks(warm, words)]
+    assert [code for code, _ in found] == [0, 0], found
+    assert_bitwise_equal(tmp_path / "never" / "checkpoint-6", tmp_path / "two" / "checkpoint-6")
+    data_of = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("never", "two")]
+    assert data_of[0]["identity"]["data"] == data_of[1]["identity"]["data"]
