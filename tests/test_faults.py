@@ -243,3 +243,23 @@ def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
     assert_bitwise_equal(tmp_path / "never" / "checkpoint-6", tmp_path / "two" / "checkpoint-6")
     data_of = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("never", "two")]
     assert data_of[0]["identity"]["data"] == data_of[1]["identity"]["data"]
+
+
+# ---- Exactness, where the other tests of it leave off: ranks in half precision, lists of captions.
+
+
+@pytest.mark.parametrize(("script", "precision"), [("train.py", "bf16"), ("lora.py", "fp16")])
+def test_a_resumed_run_is_the_same_run_on_ranks(warm, wuerstchen, few, tmp_path, script, precision):
+    rows = data.open_rows(str(few), None, None, "image", "text")
+    captions = [[text, f"another {text}"] for text in rows["text"]]
+    rows.remove_columns("text").add_column("text", captions).save_to_disk(tmp_path / "lists")
+    settings = {
+        **SHORT, **RESUME, "dataset_name": tmp_path / "lists", "use_ema": True,
+        "mixed_precision": precision, "gradient_accumulation_steps": 2, "caption_dropout": 0.3,
+        "dataloader_num_workers": 1, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4,
+    }  # fmt: skip
+    for folder, last_step in (("whole", 6), ("parts", 3), ("parts", 6)):
+        words = flags(wuerstchen, tmp_path / folder, **{**settings, "max_train_steps": last_step})
+        found = [run.wait() for run in start_ranks(warm, words, script=script)]
+        assert [code for code, _ in found] == [0, 0], found
+    assert_bitwise_equal(tmp_path / "whole" / "checkpoint-6", tmp_path / "parts" / "checkpoint-6")

@@ -68,13 +68,13 @@ def test_a_signal_at_any_time(warm, wuerstchen, few, whole, tmp_path, name):
     assert_bitwise_equal(whole / script / "checkpoint-6", tmp_path / "checkpoint-6")
 
 
-def start_ranks(warm, words, faults=(), **options):
+def start_ranks(warm, words, faults=(), script="train.py", **options):
     """Two ranks, the last of which meets the faults."""
     place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     place = {name: str(value) for name, value in place.items()}
     places = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     return [
-        warm.start("train.py", words, fault, **options, **place)
+        warm.start(script, words, fault, **options, **place)
         for fault, place in zip([(), faults], places, strict=True)
     ]
 
