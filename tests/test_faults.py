@@ -19,7 +19,7 @@ from PIL import Image
 from minwurst import checkpoint, data, draws, lora, models
 from minwurst.config import UserError
 from tests.conftest import assert_bitwise_equal, flags, train_here
-from tests.test_signals import SHORT, start_ranks, steps
+from tests.test_signals import SHORT, steps
 
 RESUME = {"resume_from_checkpoint": "latest"}
 
@@ -118,7 +118,7 @@ def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, 
 
 def test_a_bad_loss_on_one_rank_stops_all(warm, wuerstchen, few, tmp_path):
     words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=1)
-    first, second = start_ranks(warm, words, [["noise", 4, "nan"]])
+    first, second = warm.start_ranks(2, "train.py", words, [["noise", 4, "nan"]])
     rows = [draws.row_at(7, 7, 5)]  # step 4 of two ranks ends with position 7
     said = f"train.py: Step 4: the loss is not finite on rank 1, rows {rows}. It changed no weight."
     code, printed = first.wait()
@@ -232,34 +232,15 @@ def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
     mixed.save_to_disk(tmp_path / "mixed")
     settings = {**SHORT, "checkpointing_steps": 3}
     words = flags(wuerstchen, tmp_path / "two", **settings, dataset_name=tmp_path / "mixed")
-    found = [run.wait() for run in start_ranks(warm, [*words, "--skip_bad_samples"])]
+    words.append("--skip_bad_samples")
+    found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
     assert [code for code, _ in found] == [0, 0], found
     printed = "".join(printed for _, printed in found)
     assert "left out: Row 0" in printed and "left out: Row 6" in printed
     assert printed.count("left out in all: 2 of 7 rows") == 1
     words = flags(wuerstchen, tmp_path / "never", **settings, dataset_name=few)
-    found = [run.wait() for run in start_ranks(warm, words)]
+    found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
     assert [code for code, _ in found] == [0, 0], found
     assert_bitwise_equal(tmp_path / "never" / "checkpoint-6", tmp_path / "two" / "checkpoint-6")
     data_of = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("never", "two")]
     assert data_of[0]["identity"]["data"] == data_of[1]["identity"]["data"]
-
-
-# ---- Exactness, where the other tests of it leave off: ranks in half precision, lists of captions.
-
-
-@pytest.mark.parametrize(("script", "precision"), [("train.py", "bf16"), ("lora.py", "fp16")])
-def test_a_resumed_run_is_the_same_run_on_ranks(warm, wuerstchen, few, tmp_path, script, precision):
-    rows = data.open_rows(str(few), None, None, "image", "text")
-    captions = [[text, f"another {text}"] for text in rows["text"]]
-    rows.remove_columns("text").add_column("text", captions).save_to_disk(tmp_path / "lists")
-    settings = {
-        **SHORT, **RESUME, "dataset_name": tmp_path / "lists", "use_ema": True,
-        "mixed_precision": precision, "gradient_accumulation_steps": 2, "caption_dropout": 0.3,
-        "dataloader_num_workers": 1, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 4,
-    }  # fmt: skip
-    for folder, last_step in (("whole", 6), ("parts", 3), ("parts", 6)):
-        words = flags(wuerstchen, tmp_path / folder, **{**settings, "max_train_steps": last_step})
-        found = [run.wait() for run in start_ranks(warm, words, script=script)]
-        assert [code for code, _ in found] == [0, 0], found
-    assert_bitwise_equal(tmp_path / "whole" / "checkpoint-6", tmp_path / "parts" / "checkpoint-6")
