@@ -312,6 +312,9 @@ def parse(kind, argv=None):
         if not flag.startswith("--"):
             parser.error("a word stands where no flag takes one; see --help.")
         parser.error(f"{flag} is not known; {hint}")
+    for field in dataclasses.fields(kind):
+        if field.type is not list and isinstance(getattr(known, field.name), list):
+            parser.error(f"--{field.name} has no value.")  # argparse takes --flag=-- for a list
     settings = kind(**vars(known))
     settings.check()
     for field in dataclasses.fields(kind):  # trackers keep a copy of the command line

@@ -216,7 +216,8 @@ def check_rows(rows, skip_bad=False, found_good=None):
     errors = [everyone[number][0] for number in range(len(rows)) if everyone[number][0]]
     if errors and (not skip_bad or len(errors) == len(rows)):
         more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
-        raise UserError(errors[0] + more)
+        advice = "" if skip_bad else " --skip_bad_samples leaves out what is bad."
+        raise UserError(errors[0] + more + advice)
     if errors:
         good = [number for number in range(len(rows)) if not everyone[number][0]]
         for line in errors[:10]:

@@ -212,7 +212,7 @@ def scaling_of(file, metadata, of_peft):
     beside = file.with_name("adapter_config.json")
     if of_peft and not beside.is_file():
         raise UserError(f"LoRA {file} is PEFT's: its alpha is in {beside}, which is missing.")
-    stored = beside.read_text(encoding="utf-8") if of_peft else "{}"
+    stored = beside.read_text(encoding="utf-8", errors="replace") if of_peft else "{}"
     stored = metadata.get("lora_adapter_metadata", stored)
     try:
         config = {  # diffusers writes PEFT's settings, each behind "prior."
@@ -221,13 +221,14 @@ def scaling_of(file, metadata, of_peft):
         }
         patterns = dict(config.get("alpha_pattern") or {})
         alphas = [config.get("lora_alpha", 1), *patterns.values()]
-        assert all(isinstance(alpha, int | float) for alpha in alphas)
-    except (ValueError, TypeError, AttributeError, AssertionError):
+        assert all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas)
+        # PEFT takes a pattern as a regular expression for the end of the layer's name.
+        patterns = {re.compile(rf"(.*\.)?({end})$"): alpha for end, alpha in patterns.items()}
+    except (ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, re.error):
         raise UserError(f"LoRA {file}: its settings can't be read: {stored[:100]}") from None
 
     def scaling(layer, rank):
-        # PEFT takes a pattern as a regular expression for the end of the layer's name.
-        own = [a for end, a in patterns.items() if re.match(rf"(.*\.)?({end})$", layer)]
+        own = [alpha for end, alpha in patterns.items() if end.match(layer)]
         alpha = own[0] if own else config.get("lora_alpha", rank)
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

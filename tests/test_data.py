@@ -270,3 +270,46 @@ def test_names_of_pictures_are_no_splits(tmp_path, inside):
         Image.new("RGB", (8, 8)).save(folder / name)
     rows = data.open_rows(None, None, str(tmp_path / "set"), "image", "text")
     assert sorted(rows["text"]) == ["high", "test", "tram"]
+
+
+def test_bad_rows_are_left_out_on_request(tmp_path, capsys):
+    """Counted, the first ten named; what stays is the data set that never had them."""
+    rows = [{"file_name": f"{i}.png", "text": "" if i % 2 else f"text {i}"} for i in range(24)]
+    files = {f"{i}_png": b"broken" if i == 4 else GOOD for i in range(24)}
+    opened = open_folder(folder_with(tmp_path, rows, **files))
+    kept, fingerprint = data.check_rows(opened, skip_bad=True)
+    assert kept["number"] == [0, 2, *range(6, 24, 2)]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1].split()[1] for line in said[:10]] == list("13457") + [
+        "9", "11", "13", "15", "17"
+    ]  # fmt: skip
+    assert said[10:] == ["left out in all: 13 of 24 rows"]
+    never_had = opened.select(kept["number"])
+    assert data.check_rows(never_had) == data.check_rows(never_had, skip_bad=True)
+    assert data.check_rows(never_had)[1] == fingerprint
+    with pytest.raises(UserError, match=r"Row 1: .*12 more rows are bad.*--skip_bad_samples"):
+        data.check_rows(opened)
+
+
+def test_nothing_but_bad_rows_is_an_error(tmp_path):
+    opened = open_folder(folder_with(tmp_path, [{"file_name": "a.png", "text": ""}], a_png=GOOD))
+    with pytest.raises(UserError, match="Row 0: the caption is ''"):
+        data.check_rows(opened, skip_bad=True)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 60000), (60000, 2), (33, 31)], ids=str)
+def test_any_shape_becomes_a_square(size):
+    picture = data.open_picture(png(Image.new("RGB", size, (255, 0, 0))))
+    red = (1 - data.IMAGENET_MEAN[0]) / data.IMAGENET_STD[0]
+    found = data.preprocess(picture, 64)
+    assert found.shape == (3, 64, 64) and torch.allclose(found[0], torch.tensor(red))
+
+
+def test_a_decompression_bomb_is_one_line(tmp_path):
+    """A few thousand bytes that would be 900 million pixels."""
+    bomb = png(Image.new("1", (30000, 30000)))["image"]["bytes"]
+    assert len(bomb) < 500_000
+    rows = [{"file_name": "bomb.png", "text": "a"}]
+    opened = open_folder(folder_with(tmp_path, rows, bomb_png=bomb))
+    with pytest.raises(UserError, match=r"\ARow 0 \(.*bomb\.png\): .*decompression bomb.*\Z"):
+        data.check_rows(opened)

@@ -19,7 +19,7 @@ from PIL import Image
 from minwurst import checkpoint, data, draws, lora, models
 from minwurst.config import UserError
 from tests.conftest import assert_bitwise_equal, flags, train_here
-from tests.test_signals import SHORT, start_ranks, steps
+from tests.test_signals import SHORT, steps
 
 RESUME = {"resume_from_checkpoint": "latest"}
 
@@ -118,7 +118,7 @@ def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, 
 
 def test_a_bad_loss_on_one_rank_stops_all(warm, wuerstchen, few, tmp_path):
     words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=1)
-    first, second = start_ranks(warm, words, [["noise", 4, "nan"]])
+    first, second = warm.start_ranks(2, "train.py", words, [["noise", 4, "nan"]])
     rows = [draws.row_at(7, 7, 5)]  # step 4 of two ranks ends with position 7
     said = f"train.py: Step 4: the loss is not finite on rank 1, rows {rows}. It changed no weight."
     code, printed = first.wait()
@@ -220,3 +220,27 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
             data.open_rows(str(folder / "bad.parquet"), None, None, "image", "text")
         (row,) = data.open_rows(str(folder / "good.parquet"), None, None, "image", "text")
         assert data.open_picture(row).size == (8, 8)
+
+
+def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
+    """Two ranks end as one process does on a data set that never had the bad rows."""
+    good = data.open_rows(str(few), None, None, "image", "text").remove_columns("number")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    bad = {"image": [{"bytes": b"broken", "path": None}], "text": ["bad"]}
+    bad = datasets.Dataset.from_dict(bad, features)
+    mixed = datasets.concatenate_datasets([bad, good.cast(features), bad])
+    mixed.save_to_disk(tmp_path / "mixed")
+    settings = {**SHORT, "checkpointing_steps": 3}
+    words = flags(wuerstchen, tmp_path / "two", **settings, dataset_name=tmp_path / "mixed")
+    words.append("--skip_bad_samples")
+    found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
+    assert [code for code, _ in found] == [0, 0], found
+    printed = "".join(printed for _, printed in found)
+    assert "left out: Row 0" in printed and "left out: Row 6" in printed
+    assert printed.count("left out in all: 2 of 7 rows") == 1
+    words = flags(wuerstchen, tmp_path / "never", **settings, dataset_name=few)
+    found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
+    assert [code for code, _ in found] == [0, 0], found
+    assert_bitwise_equal(tmp_path / "never" / "checkpoint-6", tmp_path / "two" / "checkpoint-6")
+    data_of = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("never", "two")]
+    assert data_of[0]["identity"]["data"] == data_of[1]["identity"]["data"]

@@ -57,3 +57,14 @@ def test_its_example_of_use_runs(wuerstchen, tmp_path):
     code = code.replace("runs/first/prior_pipeline", str(tmp_path / "prior_pipeline"))
     _, printed = command(sys.executable, "-c", code)
     assert "torch.Size([1, 16, 3, 3])" in printed
+
+
+def test_what_survives_what_names_tests_that_are_there():
+    (table,) = re.findall(r"## What survives what\n(.*?)\n## ", README, re.DOTALL)
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 20
+    for line in lines:
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", line)
+        assert named, line
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), test

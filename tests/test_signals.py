@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minwurst import checkpoint
-from tests.conftest import ROOT, assert_bitwise_equal, flags, free_port, start
+from tests.conftest import ROOT, assert_bitwise_equal, flags, start
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 RESUME = {"resume_from_checkpoint": "latest"}
@@ -68,22 +68,11 @@ def test_a_signal_at_any_time(warm, wuerstchen, few, whole, tmp_path, name):
     assert_bitwise_equal(whole / script / "checkpoint-6", tmp_path / "checkpoint-6")
 
 
-def start_ranks(warm, words, faults=(), **options):
-    """Two ranks, the last of which meets the faults."""
-    place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    place = {name: str(value) for name, value in place.items()}
-    places = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    return [
-        warm.start("train.py", words, fault, **options, **place)
-        for fault, place in zip([(), faults], places, strict=True)
-    ]
-
-
 @pytest.mark.parametrize(("number", "code", "saved"), [(TERM, 143, [3]), (USR1, 0, [3, 6])])
 def test_one_rank_that_hears_it_is_enough(warm, wuerstchen, few, tmp_path, number, code, saved):
     settings = {**SHORT, "dataset_name": few, "dataloader_num_workers": 1}
-    runs = start_ranks(warm, flags(wuerstchen, tmp_path, **settings), [["step", 3, number]])
-    found = [run.wait() for run in runs]
+    words, faults = flags(wuerstchen, tmp_path, **settings), [["step", 3, number]]
+    found = [run.wait() for run in warm.start_ranks(2, "train.py", words, faults)]
     assert [one for one, _ in found] == [code, code], found
     assert steps(tmp_path) == saved
     assert sum("saved and stopped" in printed for _, printed in found) == (code > 0)
@@ -92,7 +81,9 @@ def test_one_rank_that_hears_it_is_enough(warm, wuerstchen, few, tmp_path, numbe
 def test_a_rank_that_stalls_ends_the_others(warm, wuerstchen, few, tmp_path):
     """A stopped process answers to nothing; the other one's patience ends, its checkpoint stays."""
     words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=2)
-    waiting, stopped = start_ranks(warm, words, [["step", 4, signal.SIGSTOP]], patience=10)
+    waiting, stopped = warm.start_ranks(
+        2, "train.py", words, [["step", 4, signal.SIGSTOP]], patience=10
+    )
     code, printed = waiting.wait()
     assert code == 1 and "imed out" in printed, printed
     assert steps(tmp_path) == [2] and checkpoint.find("latest", tmp_path)
@@ -145,9 +136,8 @@ def test_a_rank_that_dies_is_started_again(launched, warm, wuerstchen, few, tmp_
     """kill -9 of one rank: all end, start again, and end as if nothing had been."""
     settings = {**SHORT, **RESUME, "dataset_name": few, "max_train_steps": 60}
     settings |= {"checkpointing_steps": 5, "checkpoints_total_limit": 2}
-    found = [
-        run.wait() for run in start_ranks(warm, flags(wuerstchen, tmp_path / "whole", **settings))
-    ]
+    words = flags(wuerstchen, tmp_path / "whole", **settings)
+    found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
     assert [code for code, _ in found] == [0, 0], found
     out = tmp_path / "out"
     agent = start(

@@ -142,13 +142,26 @@ def test_eight_bit_adam_resumes_too(wuerstchen, tmp_path):
     assert torch.uint8 in {tensor.dtype for tensor in saved(whole / "checkpoint-4").values()}
 
 
-@pytest.mark.parametrize(("script", "ranks"), [("train.py", 2), ("train.py", 3), ("lora.py", 3)])
-def test_resumed_run_is_the_same_run_on_ranks(wuerstchen, tmp_path, script, ranks):
-    settings = {**EVERYTHING, "train_batch_size": 1, "script": script}
-    whole = torchrun(ranks, wuerstchen, tmp_path / "whole", **settings)
-    parts = torchrun(ranks, wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
-    torchrun(ranks, wuerstchen, parts, **settings, resume_from_checkpoint="latest")
-    assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
+@pytest.mark.parametrize(
+    ("script", "ranks", "precision"),
+    [("train.py", 2, "bf16"), ("train.py", 3, "no"), ("lora.py", 3, "no"), ("lora.py", 2, "fp16")],
+)
+def test_resumed_run_is_the_same_run_on_ranks(
+    warm, wuerstchen, few, tmp_path, script, ranks, precision
+):
+    """The same on ranks, and with lists of captions to draw from."""
+    rows = data.open_rows(str(few), None, None, "image", "text")
+    captions = [[text, f"another {text}"] for text in rows["text"]]
+    rows.remove_columns("text").add_column("text", captions).save_to_disk(tmp_path / "lists")
+    settings = {
+        **EVERYTHING, "train_batch_size": 1, "mixed_precision": precision, "train_data_dir": None,
+        "dataset_name": tmp_path / "lists", "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    for folder, last_step in (("whole", 4), ("parts", 2), ("parts", 4)):
+        words = flags(wuerstchen, tmp_path / folder, **{**settings, "max_train_steps": last_step})
+        found = [run.wait() for run in warm.start_ranks(ranks, script, words)]
+        assert [code for code, _ in found] == [0] * ranks, found
+    assert_bitwise_equal(tmp_path / "whole" / "checkpoint-4", tmp_path / "parts" / "checkpoint-4")
 
 
 @pytest.mark.parametrize("script", ["train.py", "lora.py"])

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,21 @@ class Warm:
         how = {"faults": faults, "kill_at": kill_at, "patience": patience, "log": log}
         pid = self.ask(script=script, words=words, variables=variables, **how)
         return Run(self, pid, Path(log))
+
+    def start_ranks(self, ranks, script, words, faults=(), **options):
+        """A run on several ranks, without torchrun; the last one meets the faults."""
+        with socket.socket() as opened:
+            opened.bind(("127.0.0.1", 0))
+            port = opened.getsockname()[1]
+        place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            self.start(
+                script, words, faults if rank == ranks - 1 else (), **options,
+                **{name: str(value) for name, value in place.items()},
+                RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
 
     def run(self, *arguments, **options):
         return self.start(*arguments, **options).wait()
