@@ -28,7 +28,7 @@ TRAIN = {
     "resolution": 192,
     "cache_latents": True,
     "train_batch_size": 32,
-    "max_train_steps": 100,
+    "max_train_steps": 150,
     "learning_rate": 3e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
