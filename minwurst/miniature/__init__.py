@@ -33,7 +33,10 @@ TRAIN = {
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
     "seed": 0,
-    "validation_prompts": ["horse", "honey pot", "rocket", "owl"],  # none of them in PICTURES
+    # None of them in PICTURES; taken from what the base draws well.
+    "validation_prompts": [
+        "white heart", "slightly frowning face", "national park", "sport utility vehicle",
+    ],
     "validation_steps": 1000,
     "output_dir": "runs/demo",
 }
