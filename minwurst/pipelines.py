@@ -1,6 +1,6 @@
 """diffusers' own Würstchen pipelines, put together from their parts.
 
-    prior, decoder = load("runs/first/prior_pipeline", "warp-ai/wuerstchen", torch.float16)
+    prior, decoder = load("runs/demo/prior_pipeline", "warp-ai/wuerstchen", torch.float16)
     latents = prior.to("cuda")("a bear").image_embeddings                        # (1, 16, 24, 24)
     picture = decoder.to("cuda")(latents, "a bear").images[0]
 

@@ -1,7 +1,7 @@
 """Pictures from prompts: from the base, a fine-tuned prior, or a LoRA at several scales.
 
-    python -m minwurst.sample --prompt "a bear" "a car" --prior runs/first --output bear.png
-    python -m minwurst.sample --prompt "a bear" --lora runs/lora --lora_scale 0 0.5 1
+    python -m minwurst.sample --prompt "a bear" "a car" --prior runs/demo --output bear.png
+    python -m minwurst.sample --prompt "a bear" --lora runs/demo-lora --lora_scale 0 0.5 1
 
 A picture depends on its prompt, its number and the seed, and on nothing that is drawn beside it.
 With a run's seed, a prompt's first picture is the one that validation drew for it.

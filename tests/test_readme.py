@@ -54,7 +54,7 @@ def test_its_example_of_use_runs(wuerstchen, tmp_path):
 
     hub.export_prior(tmp_path / "prior_pipeline", models.load_prior(wuerstchen), wuerstchen)
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = code.replace("runs/first/prior_pipeline", str(tmp_path / "prior_pipeline"))
+    code = code.replace("runs/demo/prior_pipeline", str(tmp_path / "prior_pipeline"))
     _, printed = command(sys.executable, "-c", code)
     assert "torch.Size([1, 16, 3, 3])" in printed
 

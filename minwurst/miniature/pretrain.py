@@ -36,11 +36,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minwurst import checkpoint, data, diffusion, optim, pipelines
 from minwurst.effnet import EfficientNetEncoder
-from minwurst.miniature import PICTURES, WEIGHTS, WORLD
+from minwurst.miniature import PICTURES, SHIPPED, WEIGHTS, WORLD
 from minwurst.prior import WuerstchenPrior
 
 SEED = 0
-SHIPPED = slice(0, None, 3)  # the names whose pictures in black and white are fine-tuned on
 SIDE, INPUT = 256, 192  # of a picture, and of what the image encoder sees of it: 6×6 cells
 PACKAGES = {  # both MIT: the drawings are Microsoft's Fluent Emoji
     "@lobehub/fluent-emoji-3d": "1.1.0",
