@@ -250,8 +250,8 @@ prior = WuerstchenPriorPipeline(
     tokenizer=CLIPTokenizerFast.from_pretrained("{decoder}", subfolder="tokenizer"),
     scheduler=DDPMWuerstchenScheduler(),
 )
-if torch.cuda.is_available():
-    prior.to("cuda", torch.float16), decoder.to("cuda", torch.float16)
+place = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+prior.to(*place), decoder.to(*place)
 
 prompt = {prompt!r}
 times = stage_c.DEFAULT_STAGE_C_TIMESTEPS

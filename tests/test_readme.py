@@ -4,6 +4,8 @@ import re
 import shlex
 import sys
 
+import torch
+
 from minwurst import cost
 from minwurst.config import LoRASettings, parse
 from minwurst.sample import SampleSettings
@@ -49,10 +51,12 @@ def test_its_commands_parse():
 
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):
-    """The Python block as it stands, on a small exported folder."""
+    """The Python block as it stands, on a small exported folder, its text encoder in half."""
     from minwurst import hub, models
 
     hub.export_prior(tmp_path / "prior_pipeline", models.load_prior(wuerstchen), wuerstchen)
+    text_encoder = models.load_text(wuerstchen, torch.float16)[1]
+    text_encoder.save_pretrained(tmp_path / "prior_pipeline" / "text_encoder")
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = code.replace("runs/demo/prior_pipeline", str(tmp_path / "prior_pipeline"))
     _, printed = command(sys.executable, "-c", code)
