@@ -29,16 +29,17 @@ TRAIN = {
     "resolution": 192,
     "cache_latents": True,
     "train_batch_size": 32,
-    "max_train_steps": 150,
+    "max_train_steps": 120,
     "learning_rate": 3e-4,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
     "seed": 0,
-    # None of them in PICTURES; taken from what the base draws well.
-    "validation_prompts": [
-        "white heart", "slightly frowning face", "national park", "sport utility vehicle",
-    ],
+    # None of them in PICTURES.
+    "validation_prompts": ["rocket", "slightly frowning face", "owl", "sport utility vehicle"],
     "validation_steps": 1000,
     "output_dir": "runs/demo",
 }
-LORA = {**TRAIN, "rank": 16, "learning_rate": 3e-3, "output_dir": "runs/demo-lora"}
+LORA = {
+    **TRAIN, "rank": 16, "lora_targets": ["all-linear"], "learning_rate": 7e-4,
+    "output_dir": "runs/demo-lora",
+}  # fmt: skip

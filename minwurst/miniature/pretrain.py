@@ -1,15 +1,17 @@
 """The recipe of the miniature: from two packages of emoji to a whole small Würstchen.
 
     python -m minwurst.miniature.pretrain WORK                # all parts, one after the other
-    python -m minwurst.miniature.pretrain WORK --part prior   # this one and what it stands on
+    python -m minwurst.miniature.pretrain WORK --part prior   # from the world that is shipped
 
 Nobody needs this file to use the miniature. It wants npm for the pictures and cairosvg to draw
-them, and takes hours on two CPU cores; stopped, it goes on where it was. In this order:
+them (the prior needs neither), and takes hours on two CPU cores; stopped, it goes on where it was.
+In this order:
 
-    stage_a        pictures ↔ 4×64×64, learned on crops of both styles
-    image_encoder  pictures → 16×6×6, with a decoder to train it that is then thrown away
-    stage_b        16×6×6 → 4×64×64, both styles
-    prior          names → 16×6×6, with its text encoder: of the 3D style alone
+    a        Stage A: pictures ↔ 4×64×64, learned on crops of both styles
+    encoder  pictures → 16×6×6, with a decoder to train it that is then thrown away; and the world,
+             which is what it makes of all pictures
+    b        Stage B: 16×6×6 → 4×64×64, both styles
+    prior    names → 16×6×6, with its text encoder: of the world in 3D alone
 
 The other style, black and white, the prior meets first when it is fine-tuned.
 """
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -255,13 +258,17 @@ def latents_of(vqgan, pictures):
     return in_parts(lambda part: vqgan.encode(part.float() / 255).latents, pictures)
 
 
-def denoising_loss(model, clean, condition, *, shift=1.0):
-    """The authors' objective on random times: noise prediction, weighted by p2."""
-    t = (torch.rand(len(clean)) * shift).clamp(0.001, 1)
+def denoising_loss(model, clean, condition, *, shift=1.0, power=1.0, k=1.0):
+    """Noise prediction at t = shift·U^power, weighted by p2's 1/(k + SNR).
+
+    The authors' objective has power 1 and k = 1.
+    """
+    t = (shift * torch.rand(len(clean)) ** power).clamp(0.001, 1)
     noise = torch.randn_like(clean)
     predicted = model(diffusion.add_noise(clean, noise, t), t, condition).float()
     error = (predicted - noise).square().mean(dim=(1, 2, 3))
-    return (diffusion.loss_weight(t, "p2") * error).mean()
+    signal = diffusion.alpha_bar(t)
+    return (error / (k + signal / (1 - signal))).mean()
 
 
 def make_stage_b(work, vqgan, encoder, pictures, steps):
@@ -311,6 +318,11 @@ def make_tokenizer(captions, size=2048, length=24):
     return transformers.CLIPTokenizerFast(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
+def read_tokenizer():
+    """The one beside the weights: learned again, its numbers may change places."""
+    return transformers.CLIPTokenizerFast.from_pretrained(WEIGHTS / "tokenizer")
+
+
 def make_text_encoder(tokenizer, width, layers, heads):
     """A fresh CLIP text tower for a tokenizer."""
     end = tokenizer.eos_token_id
@@ -323,29 +335,32 @@ def make_text_encoder(tokenizer, width, layers, heads):
     return transformers.CLIPTextModel(config)
 
 
-def make_prior(work, names, latents, tokenizer, steps):
-    """(text encoder, prior), trained together on names and the latents of one style."""
+def make_prior(work, names, clean, tokenizer, steps):
+    """(text encoder, prior), trained together on names and their scaled latents of one style.
+
+    What is hard is to learn the names, and only noisy latents leave a question for them to answer:
+    so times are drawn near 1, and weighted there, more than in the authors' objective.
+    """
     torch.manual_seed(SEED)
-    text_encoder = make_text_encoder(tokenizer, width=192, layers=3, heads=4)
-    prior = WuerstchenPrior(c_in=16, c=256, c_cond=192, c_r=64, depth=7, nhead=4, dropout=0.0)
+    text_encoder = make_text_encoder(tokenizer, width=128, layers=3, heads=4)
+    prior = WuerstchenPrior(c_in=16, c=128, c_cond=128, c_r=64, depth=6, nhead=4, dropout=0.0)
     with torch.no_grad():  # a fresh head divides by numbers near zero
         prior.out[1].weight.zero_(), prior.out[1].bias.zero_()
     both = nn.ModuleDict({"text_encoder": text_encoder, "prior": prior})
-    clean = diffusion.scale_latents(latents)
     tokens = tokenizer(names, padding="max_length", truncation=True, return_tensors="pt")
     empty = tokenizer([""], padding="max_length", return_tensors="pt")
 
     def loss_of(step):
-        some = torch.randint(len(names), (64,))
-        dropped = (torch.rand(64) < 0.1)[:, None]
+        some = torch.randint(len(names), (32,))
+        dropped = (torch.rand(32) < 0.1)[:, None]
         words, mask = (
             torch.where(dropped, empty[kind], tokens[kind][some])
             for kind in ("input_ids", "attention_mask")
         )
         text = text_encoder(words, attention_mask=mask).last_hidden_state
-        return denoising_loss(prior, clean[some], text, shift=1.08)
+        return denoising_loss(prior, clean[some], text, shift=1.08, power=0.5, k=0.02)
 
-    train(work, "prior", both, loss_of, steps=steps, learning_rate=5e-4, decay=0.999)
+    train(work, "prior", both, loss_of, steps=steps, learning_rate=2e-3, decay=0.999)
     return text_encoder, prior
 
 
@@ -359,10 +374,10 @@ def main():
     """`python -m minwurst.miniature.pretrain`: see the top of this page."""
     parser = argparse.ArgumentParser(prog="python -m minwurst.miniature.pretrain")
     parser.add_argument("work", type=Path, help="folder for pictures and half-trained parts")
-    parts = {"a": 2000, "encoder": 2200, "b": 7500, "prior": 4200}
+    parts = {"a": 2000, "encoder": 2200, "b": 7500, "prior": 22000}
     parser.add_argument(
         "--part", choices=[*parts, "all"], default="all",
-        help="stop at this part: b and prior wait for a and encoder, not for each other",
+        help="only this part: b stands on a and encoder, prior on the encoder's world",
     )  # fmt: skip
     for part, steps in parts.items():
         parser.add_argument(f"--{part}_steps", type=int, default=steps, help="default %(default)s")
@@ -377,33 +392,39 @@ def main():
     given.work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_default_device(device)
-    names, solid, outlined = load_pictures(given.work)
-    solid, outlined = solid.to(device), outlined.to(device)
-    pictures = torch.cat([solid, outlined])
-    print(f"{len(names)} emoji in two styles", flush=True)
+    wanted = [*parts] if given.part == "all" else [given.part]
 
-    tokenizer = make_tokenizer(names)
-    if given.part in ("a", "b", "all"):
+    if wanted != ["prior"]:
+        names, solid, outlined = load_pictures(given.work)
+        solid, outlined = solid.to(device), outlined.to(device)
+        pictures = torch.cat([solid, outlined])
+        print(f"{len(names)} emoji in two styles", flush=True)
+    if {"a", "b"} & {*wanted}:
         vqgan = make_stage_a(given.work, pictures, given.a_steps)
         vqgan.register_to_config(scale_factor=latents_of(vqgan, pictures).std().item())
         keep(vqgan, WEIGHTS / "decoder" / "vqgan")
-    if given.part != "a":
+    if {"encoder", "b"} & {*wanted}:
         encoder = make_image_encoder(given.work, pictures, given.encoder_steps)
         keep(encoder, WEIGHTS / "image_encoder")
-    if given.part in ("b", "all"):
+    if "encoder" in wanted:
+        write_world(names, encode(encoder, solid), encode(encoder, outlined))
+        write_pictures(names[SHIPPED], outlined[SHIPPED])
+        save_rest(make_tokenizer(names), WEIGHTS)
+    if "b" in wanted:
         decoder = make_stage_b(given.work, vqgan, encoder, pictures, given.b_steps)
         keep(decoder, WEIGHTS / "decoder" / "decoder")
+        tokenizer = read_tokenizer()
         unread = make_text_encoder(tokenizer, width=64, layers=1, heads=2)  # B has no attention
         keep(unread, WEIGHTS / "decoder" / "text_encoder")
         save_rest(tokenizer, WEIGHTS / "decoder")
-    if given.part in ("prior", "all"):
-        latents = encode(encoder, solid)
-        write_world(names, latents, encode(encoder, outlined))
-        write_pictures(names[SHIPPED], outlined[SHIPPED])
+    if "prior" in wanted:
+        with safe_open(WORLD, "pt", str(device)) as world:
+            names = json.loads(world.metadata()["names"])
+            latents = world.get_tensor("solid").float()
+        tokenizer = read_tokenizer()
         text_encoder, prior = make_prior(given.work, names, latents, tokenizer, given.prior_steps)
         keep(text_encoder, WEIGHTS / "text_encoder")
         keep(prior, WEIGHTS / "prior")
-        save_rest(tokenizer, WEIGHTS)
 
 
 def write_world(names, solid, outlined):
