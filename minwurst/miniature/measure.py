@@ -128,8 +128,10 @@ def judge(prior, world, style, seed, guidance=4.0):
 def sizes():
     """Print the parts with their parameters and what comes out of them."""
     decoder = pipelines.decoder_pipeline(WEIGHTS / "decoder", torch.float32)
+    tokenizer, text_encoder = models.load_text(WEIGHTS, torch.float32)
+    states = f"{tokenizer.model_max_length} × {text_encoder.config.hidden_size}"
     parts = (
-        ("text encoder", models.load_text(WEIGHTS, torch.float32)[1], "24 × 192"),
+        ("text encoder", text_encoder, states),
         ("Stage C, the prior", load_prior(), "16×6×6"),
         ("Stage B", decoder.decoder, "4×64×64"),
         ("Stage A", decoder.vqgan, "3×256×256"),
