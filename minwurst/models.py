@@ -185,7 +185,10 @@ class Encoders:
     @torch.no_grad()
     def latents(self, pixels):
         """Pictures (B, 3, R, R) → (B, 16, R/32, R/32) fp32, scaled as the prior knows them."""
-        encoded = self.for_pictures(data.to_device(pixels, self.device)).contiguous()
+        pixels = data.to_device(pixels, self.device)
+        # A CPU is twice as fast one by one, where what a layer leaves still lies in its caches.
+        parts = pixels.split(1 if self.device.type == "cpu" else len(pixels))
+        encoded = torch.cat([self.for_pictures(part) for part in parts]).contiguous()
         return diffusion.scale_latents(encoded)
 
     def shapes(self, side):
