@@ -76,13 +76,13 @@ def test_the_base_draws_what_it_is_asked_for(world):
 
 
 def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path, capsys):
-    """The demo with fewer steps, and the command it prints at its end."""
-    words = ["--demo", "--max_train_steps=60", f"--output_dir={tmp_path / 'run'}"]
+    """The demo, and the command it prints at its end."""
+    words = ["--demo", f"--output_dir={tmp_path / 'run'}"]
     before = measure.judge(measure.load_prior(), fewer, "outlined", seed=3)
     lora.main(parse(LoRASettings, words))
     after = measure.judge(measure.load_prior(tmp_path / "run"), fewer, "outlined", seed=3)
     assert before[0] < 0.2 and after[0] > 0.6
-    assert after[2] > 2 * fewer.chances()[1]  # the thing is still there
+    assert after[2] > 1.5 * fewer.chances()[1]  # the thing is still there
     assert after[3] < before[3]
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("draw more: "))
