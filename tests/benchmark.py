@@ -1,6 +1,6 @@
 """How fast and how large, beside the reference's way of doing the same.
 
-    python -m tests.benchmark                        # everything: an hour on two cores
+    python -m tests.benchmark                        # everything: half an hour on two cores
     python -m tests.benchmark step memory --rounds=9
 
 The reference's way is what diffusers' training script does, in our words: its class of the prior
