@@ -9,11 +9,22 @@ are a third of the same things in black and white, a style its prior never saw. 
 holds the latents of all of them in both styles, for `measure`. `pretrain` made all three.
 """
 
+import json
 from pathlib import Path
+
+from safetensors import safe_open
 
 HERE = Path(__file__).parent
 WEIGHTS, PICTURES, WORLD = HERE / "weights", HERE / "pictures", HERE / "world.safetensors"
 SHIPPED = slice(0, None, 3)  # the names whose pictures in black and white are fine-tuned on
+
+
+def read_world(file=WORLD):
+    """(N names, {"solid", "outlined"}: their scaled latents, (N, 16, 6, 6) fp32)."""
+    with safe_open(file, "pt") as opened:
+        names = json.loads(opened.metadata()["names"])
+        return names, {style: opened.get_tensor(style).float() for style in ("solid", "outlined")}
+
 
 # What --demo sets; a flag that is given goes before it.
 SAMPLE = {

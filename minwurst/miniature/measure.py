@@ -15,7 +15,6 @@ All prompts are names outside the fine-tuning set. What is drawn is judged as la
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,10 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from minwurst import data, diffusion, draws, lora, models, pictures, pipelines, report
-from minwurst.miniature import PICTURES, SHIPPED, WEIGHTS, WORLD
+from minwurst.miniature import PICTURES, SHIPPED, WEIGHTS, read_world
 
 DRAWN, NEAREST = 64, 5
 OWN = f"own among the {NEAREST} nearest of 1,015 | … of the {DRAWN}"
@@ -43,9 +41,7 @@ class World:
     """The names and their latents in both styles, and which names serve what."""
 
     def __init__(self):
-        with safe_open(WORLD, "pt") as opened:
-            self.names = json.loads(opened.metadata()["names"])
-            self.latents = {s: opened.get_tensor(s).float() for s in ("solid", "outlined")}
+        self.names, self.latents = read_world()
         others = [n for n in range(len(self.names)) if n not in range(len(self.names))[SHIPPED]]
         every = len(others) // DRAWN
         self.drawn = others[::every][:DRAWN]
@@ -68,8 +64,9 @@ class World:
         return (self.with_one(latents) @ self.weights > 0).double().mean().item()
 
     def own(self, latents, rows, style):
-        """Two shares of latents (N, 16, 6, 6): their own row's is among the NEAREST of all rows,
-        and of `rows`."""
+        """Of latents (N, 16, 6, 6), the shares that have their own row's among the NEAREST of all
+        rows, and of `rows`.
+        """
         everyone = self.latents[style].flatten(1)                                  # (1015, 576)
         away = torch.cdist(latents.flatten(1), everyone)                           # (N, 1015)
         own = away[range(len(rows)), rows][:, None]

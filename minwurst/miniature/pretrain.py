@@ -32,14 +32,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minwurst import checkpoint, data, diffusion, optim, pipelines
 from minwurst.effnet import EfficientNetEncoder
-from minwurst.miniature import PICTURES, SHIPPED, WEIGHTS, WORLD
+from minwurst.miniature import PICTURES, SHIPPED, WEIGHTS, WORLD, read_world
 from minwurst.prior import WuerstchenPrior
 
 SEED = 0
@@ -318,8 +317,13 @@ def make_tokenizer(captions, size=2048, length=24):
     return transformers.CLIPTokenizerFast(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
-def read_tokenizer():
-    """The one beside the weights: learned again, its numbers may change places."""
+def tokenizer_for(names):
+    """The tokenizer beside the weights; one is learned only where there is none.
+
+    Learned again, its numbers may change places, and the text encoder would read other words.
+    """
+    if not (WEIGHTS / "tokenizer").is_dir():
+        save_rest(make_tokenizer(names), WEIGHTS)
     return transformers.CLIPTokenizerFast.from_pretrained(WEIGHTS / "tokenizer")
 
 
@@ -383,7 +387,7 @@ def main():
         parser.add_argument(f"--{part}_steps", type=int, default=steps, help="default %(default)s")
     parser.add_argument(
         "--compile", action="store_true",
-        help="a third faster for B, a fifth for the prior, after minutes of compiling (needs g++)",
+        help="compile B and the prior first, which takes minutes (needs g++)",
     )  # fmt: skip
     given = parser.parse_args()
     if given.compile:
@@ -406,23 +410,19 @@ def main():
     if {"encoder", "b"} & {*wanted}:
         encoder = make_image_encoder(given.work, pictures, given.encoder_steps)
         keep(encoder, WEIGHTS / "image_encoder")
-    if "encoder" in wanted:
         write_world(names, encode(encoder, solid), encode(encoder, outlined))
         write_pictures(names[SHIPPED], outlined[SHIPPED])
-        save_rest(make_tokenizer(names), WEIGHTS)
     if "b" in wanted:
         decoder = make_stage_b(given.work, vqgan, encoder, pictures, given.b_steps)
         keep(decoder, WEIGHTS / "decoder" / "decoder")
-        tokenizer = read_tokenizer()
+        tokenizer = tokenizer_for(names)
         unread = make_text_encoder(tokenizer, width=64, layers=1, heads=2)  # B has no attention
         keep(unread, WEIGHTS / "decoder" / "text_encoder")
         save_rest(tokenizer, WEIGHTS / "decoder")
     if "prior" in wanted:
-        with safe_open(WORLD, "pt", str(device)) as world:
-            names = json.loads(world.metadata()["names"])
-            latents = world.get_tensor("solid").float()
-        tokenizer = read_tokenizer()
-        text_encoder, prior = make_prior(given.work, names, latents, tokenizer, given.prior_steps)
+        names, latents = read_world(WORLD)
+        clean, tokenizer = latents["solid"].to(device), tokenizer_for(names)
+        text_encoder, prior = make_prior(given.work, names, clean, tokenizer, given.prior_steps)
         keep(text_encoder, WEIGHTS / "text_encoder")
         keep(prior, WEIGHTS / "prior")
 
