@@ -1,184 +1,186 @@
-"""Pictures from prompts: from the base, a fine-tuned prior, or a LoRA at several scales.
+"""Generate images from prompts: with the base, a fine-tuned prior, or a LoRA at several strengths.
 
     python -m minwurst.sample --prompt "a bear" "a car" --prior runs/demo --output bear.png
     python -m minwurst.sample --prompt "a bear" --lora runs/demo-lora --lora_scale 0 0.5 1
 
-A picture depends on its prompt, its number and the seed, and on nothing that is drawn beside it.
-With a run's seed, a prompt's first picture is the one that validation drew for it.
+An image depends on its prompt, its number and the seed, and not on the other images. With a run's
+seed, the first image of a prompt is the one that validation generates.
 """
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from minwurst import checkpoint, config, dist, draws, hub, lora, models, pictures, pipelines, report
-from minwurst.config import Settings, UserError, demo_setting, setting
-from minwurst.miniature import SAMPLE
-from minwurst.validation import draw_latents
+from minwurst import miniature
+from minwurst.base.console import progress, say
+from minwurst.base.errors import UserError
+from minwurst.base.settings import DEMO_HELP, Settings, check_limits, parse, section
+from minwurst.edge import files, lora_file, models, run_file
+from minwurst.edge.decoders import FullDecoder
+from minwurst.edge.grids import grid
+from minwurst.run.validation import EvaluationModel, generate_latents
+from minwurst.step import adapter, distributed, randomness
+from minwurst.step.encoders import Encoders
+from minwurst.step.optimizer import NoEMA
+
+what, model, how = map(section, ("What to generate", "Model", "How"))
 
 
 @dataclasses.dataclass
 class SampleSettings:
     """The settings of `python -m minwurst.sample`."""
 
-    DEMO: ClassVar = SAMPLE
-    demo: bool = demo_setting()
-    prompt: list = setting(None, "What to draw; several prompts are allowed.", nargs="+")
-    prior: str = setting(
+    prompt: list = what(None, "Prompts to generate images for.", nargs="+")
+    num_images: int = what(1, "Images per prompt.", at_least=1)
+    seed: int = what(0, "Random seed.", at_least=0)
+    output: str = what(
+        "pictures.png",
+        "File to write. With several images, this is the grid, and the images are numbered files "
+        "beside it.",
+    )
+
+    demo: bool = model(False, DEMO_HELP)
+    prior: str = model(
         None,
-        "Folder or Hub repository of the prior, or a run's --output_dir. By default the run's that "
-        "--lora names, else warp-ai/wuerstchen-prior.",
+        "Folder or Hub repository of the prior, or the --output_dir of a run. Default: the prior "
+        "of --lora's run, else warp-ai/wuerstchen-prior.",
     )
-    lora: str = setting(
-        None, "A LoRA's file, folder or Hub repository, or a run's --output_dir."
+    lora: str = model(
+        None, "LoRA: a file, a folder, a Hub repository, or the --output_dir of a run."
     )
-    lora_scale: list = setting(
-        (1.0,), "How much of the LoRA; several draw every picture so often.", nargs="+", type=float
-    )
-    decoder: str = setting(
+    lora_scale: list = model(
+        (1.0,), "Strengths of the LoRA; every image is generated once for each.", nargs="+",
+        type=float,
+    )  # fmt: skip
+    decoder: str = model(
         None,
-        "Folder or Hub repository of the decoder. By default the run's, else warp-ai/wuerstchen.",
+        "Folder or Hub repository of the decoder. Default: the run's, else warp-ai/wuerstchen.",
     )
-    resolution: int = setting(
-        None, "As in training: 768 gives 1024 pixels. By default the run's, else 768."
+    cache_dir: str = model(None, "Folder for downloaded models.")
+
+    resolution: int = how(
+        None, "As in training: 768 gives 1024 pixels. Default: the run's, else 768.", at_least=32
     )
-    seed: int = setting(0, "Which of all possible pictures.")
-    num_images: int = setting(1, "Pictures a prompt.")
-    guidance_scale: float = setting(
-        4.0, "How far towards the prompt, and beyond; 1 is no guidance."
+    guidance_scale: float = how(
+        4.0, "Strength of classifier-free guidance: how much to exaggerate the prompt. 1 is off."
     )
-    mixed_precision: str = setting(
+    mixed_precision: str = how(
         None,
-        "Type of the forward passes. By default bf16 on a GPU, no on a CPU.",
+        "Data type of the forward passes. Default: bf16 on a GPU, no on a CPU.",
         choices=("no", "fp16", "bf16"),
     )
-    output: str = setting(
-        "pictures.png",
-        "The file to write; of several pictures it is the grid, and they lie beside it, numbered.",
-    )
-    cache_dir: str = setting(None, "Where downloaded models are kept.")
 
     def check(self):
         """Raise UserError for values that can't be used."""
+        check_limits(self)
         if not self.prompt:
-            raise UserError("--prompt is missing: say what to draw.")
-        if self.num_images < 1:
-            raise UserError(f"--num_images is {self.num_images}; it must be at least 1.")
-        if self.resolution is not None and self.resolution < 32:
-            raise UserError(f"--resolution is {self.resolution}; it must be at least 32.")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; it must be at least 0.")
+            raise UserError("--prompt is missing.")
         if not self.lora and self.lora_scale != SampleSettings.lora_scale:
             raise UserError("--lora_scale needs a --lora.")
         if not self.output.endswith(".png"):
-            raise UserError(f"--output {self.output}: its name must end in .png.")
+            raise UserError(f"--output {self.output}: the name must end in .png.")
 
 
-def of_a_run(place):
-    """The settings of the run whose output folder, or file in it, this is; {} where it is none."""
-    if not place:
+def settings_of_run(path):
+    """The settings of the run whose output folder, or file in it, this is; {} if it is none."""
+    if not path:
         return {}
-    folder = Path(place).parent if Path(place).is_file() else Path(place)
-    file = folder / "run.json"
-    return hub.read_run(folder)["settings"] if file.is_file() else {}
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    return run_file.read(folder)["settings"] if (folder / run_file.FILE).is_file() else {}
 
 
 def main(settings):
-    """Draw, write, and say where."""
-    device = dist.start()[2]
-    checkpoint.make_folder(Path(settings.output).parent, "output")
-    known = of_a_run(settings.lora or settings.prior)
+    """Generate and write the images, and print where they are."""
+    device = distributed.start()[1]
+    files.make_folder(Path(settings.output).parent, "output")
+    known = settings_of_run(settings.lora or settings.prior)
 
-    def given(name, flag):
+    def setting(name, flag):
         """The command line's value, else the run's, else train.py's default."""
         return getattr(settings, flag) or known.get(name) or getattr(Settings, name)
 
-    prior_name = given("pretrained_prior_model_name_or_path", "prior")
+    # ---- Everything is found and checked before anything large is loaded.
+    prior_name = setting("pretrained_prior_model_name_or_path", "prior")
     if (Path(prior_name) / "prior_pipeline").is_dir():
         prior_name = Path(prior_name) / "prior_pipeline"
     prior_folder = models.locate("prior", str(prior_name), settings.cache_dir)
     text_folder = models.text_folder(prior_folder, settings.cache_dir)
     models.check_parts(prior_folder, text_folder)
-    decoder = given("pretrained_decoder_model_name_or_path", "decoder")
+    decoder = setting("pretrained_decoder_model_name_or_path", "decoder")
     decoder_folder = models.locate("decoder", decoder, settings.cache_dir)
-    pipelines.check_decoder(decoder_folder)
-    adapters = settings.lora and models.locate_lora(settings.lora, settings.cache_dir)
-    if adapters:
-        lora.read(adapters)  # a wrong path or a broken file is said before the long loading
-    trained = given("resolution", "resolution") // 32
-    cells = pictures.FullDecoder.cells(trained)
-    if cells != trained:
-        report.say(f"The decoder can't take {trained}×{trained} cells: drawing {cells}×{cells}.")
+    models.check_decoder(decoder_folder)
+    lora = settings.lora and models.locate_lora(settings.lora, settings.cache_dir)
+    if lora:
+        lora_file.read(lora)
+    trained = setting("resolution", "resolution") // 32
+    size = FullDecoder.latent_size(trained)
+    if size != trained:
+        say(f"{trained}×{trained} latents can't be decoded: generating {size}×{size}.")
 
+    # ---- Text, prior, latents.
     precision = settings.mixed_precision or ("bf16" if device.type == "cuda" else "no")
     compute_type = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     autocast = torch.autocast(device.type, compute_type, enabled=precision != "no")
-    tokenizer, text_encoder = models.load_text(text_folder, compute_type)
-    models.tell_cut(tokenizer, settings.prompt)
-    captions = {  # the prompt's states and the empty caption's
-        prompt: models.encode_text(tokenizer, text_encoder.to(device), [prompt, ""])
-        for prompt in settings.prompt
-    }
-    del text_encoder
-    prior = models.load_prior(prior_folder, compute_type).to(device).eval()
-    if settings.lora:
-        lora.load(prior, adapters)
-
-    # ---- One latent after the other: large batches would draw the same and take more memory.
-    scales = settings.lora_scale if settings.lora else [None]
+    encoders = Encoders(lambda: models.load_text(text_folder, compute_type), None, device)
+    encoders.report_truncated(settings.prompt)
+    conditions = {prompt: encoders.condition([prompt, ""]) for prompt in settings.prompt}
+    encoders.unload()
+    prior = models.load_prior(prior_folder, compute_type).to(device)
+    if lora:
+        lora_file.load(prior, lora)
+    generator = EvaluationModel(prior, NoEMA(), autocast)
     wanted = [
         (scale, prompt, number)
         for prompt in settings.prompt
         for number in range(settings.num_images)
-        for scale in scales
+        for scale in (settings.lora_scale if lora else [None])
     ]
     latents = []
-    for scale, prompt, number in report.progress(wanted, "pictures"):
-        if scale is not None:
-            lora.set_scale(prior, scale)
-        latents.append(draw_latents(
-            prior, autocast, captions[prompt], seed=settings.seed, cells=cells,
-            place=draws.picture(prompt, number), guidance=settings.guidance_scale,
-        ))  # fmt: skip
-    del prior  # room for the decoder
+    with generator.active():
+        for scale, prompt, number in progress(wanted, "images"):  # one by one, to save memory
+            if scale is not None:
+                adapter.set_scale(prior, scale)
+            latents.append(generate_latents(
+                generator, conditions[prompt], (prior.config.c_in, size, size), seed=settings.seed,
+                key=randomness.image_key(prompt, number), guidance=settings.guidance_scale,
+            ))  # fmt: skip
+    del prior, generator  # to make room for the decoder
 
-    decode = pictures.FullDecoder(decoder_folder, device, half=precision != "no")
-    drawn = []
-    with decode.ready():
+    # ---- Images.
+    decode = FullDecoder(decoder_folder, device, half=precision != "no")
+    images = []
+    with decode.on_device():
         for (_, prompt, number), x in zip(wanted, latents, strict=True):
-            noise = draws.decoding_generator(settings.seed, draws.picture(prompt, number))
-            drawn.append(decode(x, prompt, noise))
-    write(drawn, wanted, settings)
+            key = randomness.image_key(prompt, number)
+            images.append(decode(x, prompt, randomness.decoding_generator(settings.seed, key)))
+    write(images, wanted, settings)
 
 
-def write(drawn, wanted, settings):
-    """Write the pictures, and of several the grid: with several scales, side by side in a row."""
+def write(images, wanted, settings):
+    """Write the images and, if there are several, their grid; one row per image and its scales."""
     output = Path(settings.output)
     names = [output]
-    if len(drawn) > 1:
-        names = [output.with_stem(f"{output.stem}-{place}") for place in range(1, len(drawn) + 1)]
+    if len(images) > 1:
+        names = [output.with_stem(f"{output.stem}-{n}") for n in range(1, len(images) + 1)]
         captions = [
             prompt if scale is None else f"{prompt} · LoRA {scale:g}" for scale, prompt, _ in wanted
         ]
         scales = len(settings.lora_scale)
-        sheet = pictures.grid(drawn, captions, columns=scales if scales > 1 else 4)
-        sheet.save(output)
-    for picture, name, (scale, prompt, number) in zip(drawn, names, wanted, strict=True):
-        facts = PngInfo()  # so that a picture tells how it was made
+        grid(images, captions, columns=scales if scales > 1 else 4).save(output)
+    for image, name, (scale, prompt, number) in zip(images, names, wanted, strict=True):
+        info = PngInfo()  # how the image was made
         made = {"prompt": prompt, "number": number, "lora_scale": scale, "seed": settings.seed}
-        facts.add_itxt("minwurst", json.dumps(made, ensure_ascii=False))
-        picture.save(name, pnginfo=facts)
-    others = f", and {names[0].name} to {names[-1].name} beside it" if len(drawn) > 1 else ""
-    print(f"{output}{others}")
+        info.add_itxt("minwurst", json.dumps(made, ensure_ascii=False))
+        image.save(name, pnginfo=info)
+    print(f"{output}" + (f", {names[0].name} to {names[-1].name}" if len(images) > 1 else ""))
 
 
 if __name__ == "__main__":
     try:
-        main(config.parse(SampleSettings))
+        main(parse(SampleSettings, demo=miniature.SAMPLE))
     except UserError as error:
         sys.exit(f"minwurst.sample: {error}")

@@ -1,15 +1,15 @@
-"""How fast and how large, beside the reference's way of doing the same.
+"""Speed and memory, compared with the reference's way of doing the same.
 
     python -m tests.benchmark                        # everything: half an hour on two cores
     python -m tests.benchmark step memory --rounds=9
 
-The reference's way is what diffusers' training script does, in our words: its class of the prior
-with its default attention, torch's default AdamW, the time drawn in the compute type, two reads of
-the device a micro-step, and pictures that are decoded and encoded again in every epoch. Both sides
-take turns in one process (whole runs: in processes of their own, in turn), so that whatever else
-the machine does meets both. A time is the median over rounds, a ratio the median of the rounds'
-ratios, with the lowest and the highest. Before anything is timed both are shown to compute the
-same. What is printed stands in the README.
+"The reference" does what diffusers' training script does: its class of the prior with its default
+attention, torch's default AdamW, timesteps drawn in the compute type, two host–device
+synchronisations per micro-step, and images that are decoded and encoded again in every epoch. Both
+sides take turns in one process (whole runs: each in its own process, in turn), so that other load
+on the machine affects both. A time is the median over rounds, a ratio the median of the rounds'
+ratios, with the lowest and the highest. Before anything is timed, both are checked to compute the
+same. tests/README.md has the output.
 """
 
 import argparse
@@ -37,18 +37,27 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minwurst import cache, checkpoint, config, cost, data, diffusion, draws, lora, models, optim
-from minwurst.effnet import EfficientNetEncoder
-from minwurst.pipelines import class_beside
-from minwurst.prior import WuerstchenPrior
+from minwurst.base.console import gib
+from minwurst.base.settings import Settings, parse
+from minwurst.edge import cache, models
+from minwurst.edge.diffusers_pipelines import class_beside
+from minwurst.edge.source import CachedSource
+from minwurst.run import checkpoint, estimate, state
+from minwurst.step import adapter, diffusion, images, randomness
+from minwurst.step.image_encoder import EfficientNetEncoder
+from minwurst.step.images import open_image, preprocess
+from minwurst.step.optimizer import adamw
+from minwurst.step.prior import PUBLISHED, WuerstchenPrior
+from minwurst.step.samples import collate
+from minwurst.step.transfer import to_device
 from tests import tiny
 
 Reference = class_beside(diffusers.WuerstchenPriorPipeline, "WuerstchenPrior")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PIECE = {**cost.PUBLISHED, "depth": 2}  # the published width, a sixteenth of the depth
+PIECE = {**PUBLISHED, "depth": 2}  # the published width, a sixteenth of the depth
 WORK = Path("runs/benchmark")
 MODEL = WORK / "wuerstchen"
-CELLS = 24  # of 768 pixels
+SIZE = 24  # of the latents of 768 pixels
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -110,10 +119,10 @@ def make_pair(config):
     return ours.to(DEVICE), reference.to(DEVICE)
 
 
-def make_batch(batch, cells, compute_type):
+def make_batch(batch, size, compute_type):
     """(latents, text) such as the encoders give."""
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(batch, 16, cells, cells, generator=generator)
+    latents = torch.randn(batch, 16, size, size, generator=generator)
     text = torch.randn(batch, 77, 1280, generator=generator)
     return diffusion.scale_latents(latents).to(DEVICE), text.to(DEVICE, compute_type)
 
@@ -125,8 +134,8 @@ def autocast(compute_type):
 def our_pass(prior, latents, text, compute_type, position=0):
     """Forward and backward as in the loop."""
     positions = range(position, position + len(latents))
-    t = data.to_device(diffusion.timesteps(draws.uniform(1, positions), "uniform"), DEVICE)
-    noise = data.to_device(draws.noise(1, positions, latents.shape[1:]), DEVICE)
+    t = to_device(diffusion.timesteps(randomness.uniform(1, positions), "uniform"), DEVICE)
+    noise = to_device(randomness.noise(1, positions, latents.shape[1:]), DEVICE)
     noisy = diffusion.add_noise(latents, noise, t)
     with autocast(compute_type):
         predicted = prior(noisy, t, text)
@@ -156,7 +165,7 @@ def update(optimizer, trainable):
 
 
 def our_optimizer(trainable):
-    return optim.adamw(trainable, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
+    return adamw()(trainable, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
 
 
 def default_optimizer(trainable):
@@ -186,10 +195,10 @@ def assert_same(ours, reference, latents, text, bounds):
     ours.train().zero_grad(), reference.train().zero_grad()
 
 
-def flops(config, batch, cells):
+def flops(config, batch, size):
     """Floating-point operations of a forward and backward pass: three times the forward one's."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        noisy, text = torch.empty(batch, 16, cells, cells), torch.empty(batch, 77, 1280)
+        noisy, text = torch.empty(batch, 16, size, size), torch.empty(batch, 77, 1280)
         WuerstchenPrior(**config)(noisy, torch.empty(batch), text)
     return 3 * counter.get_total_flops()
 
@@ -205,9 +214,9 @@ def matmul_peak(compute_type, rounds):
 
 
 def step(rounds):
-    """One step at the published width, depth 2, 24×24 cells, two pictures."""
+    """One step at the published width, depth 2, 24×24 latents, two images."""
     ours, reference = make_pair(PIECE)
-    latents, text = make_batch(2, CELLS, torch.float32)
+    latents, text = make_batch(2, SIZE, torch.float32)
     assert_same(ours, reference, latents, text, {torch.float32: 1e-4, torch.bfloat16: 5e-2})
     both = {"theirs": reference, "ours": ours}
     makers = {"theirs": default_optimizer, "ours": our_optimizer}
@@ -240,7 +249,7 @@ def step(rounds):
         "step, bf16 here, fp32 there: both",
         whole[torch.float32]["theirs"], whole[torch.bfloat16]["ours"],
     )  # fmt: skip
-    count = flops(PIECE, 2, CELLS)
+    count = flops(PIECE, 2, SIZE)
     for compute_type, name in NAMES.items():
         peak = matmul_peak(compute_type, rounds)
         reached = count / statistics.median(passes[compute_type]["ours"])
@@ -254,18 +263,16 @@ def step(rounds):
 
 
 def memory(rounds=0):
-    """What autograd keeps for the backward pass of each picture of 768 pixels, at the real size.
+    """What autograd keeps for the backward pass per image of 768 pixels, at the real size.
 
-    Two pictures less one: the weights' copies in bf16, which autocast keeps once on both sides,
+    Two images less one: the weights' copies in bf16, which autocast keeps once on both sides,
     are not in it.
     """
 
     def a_picture(compute_type, kind, recompute=False):
-        common = {"cells": CELLS, "compute_type": compute_type, "kind": kind}
+        common = {"latent_size": SIZE, "compute_type": compute_type, "kind": kind}
         one, two = (
-            cost.activations(
-                cost.PUBLISHED, batch=batch, gradient_checkpointing=recompute, **common
-            )
+            estimate.activations(PUBLISHED, batch=batch, gradient_checkpointing=recompute, **common)
             for batch in (1, 2)
         )
         return two - one
@@ -274,8 +281,8 @@ def memory(rounds=0):
         theirs = a_picture(compute_type, Reference)
         for recompute in (False, True):
             ours = a_picture(compute_type, WuerstchenPrior, recompute)
-            what = f"activations a picture, {name}" + ", gradient checkpointing here" * recompute
-            kept = f"{cost.gib(theirs)} | {cost.gib(ours)} | {ours / theirs:.2f}"
+            what = f"activations per image, {name}" + ", gradient checkpointing here" * recompute
+            kept = f"{gib(theirs)} | {gib(ours)} | {ours / theirs:.2f}"
             print(f"| {what} | {kept} of it | counted |")
 
 
@@ -286,10 +293,10 @@ def make_pictures(folder, count, side=1024):
     """Captioned JPEG pictures: the tests' own, enlarged."""
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text").select(range(count))
+        rows = tiny.rows().select(range(count))
         lines = []
         for number, found in enumerate(rows):
-            large = data.open_picture(found).resize((side, side), Image.Resampling.LANCZOS)
+            large = open_image(found).resize((side, side), Image.Resampling.LANCZOS)
             large.save(folder / f"{number:03}.jpg", quality=92)
             lines.append({"file_name": f"{number:03}.jpg", "text": found["text"]})
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -300,7 +307,7 @@ def make_pictures(folder, count, side=1024):
 def make_wuerstchen(folder):
     """Encoders of the published sizes, in the types they are used in, and a small prior; random."""
     if not (folder / "prior").is_dir():
-        rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+        rows = tiny.rows()
         tokenizer = tiny.make_tokenizer(rows["text"], size=700, length=77)
         tokenizer.save_pretrained(folder / "tokenizer")
         end = tokenizer.eos_token_id
@@ -309,14 +316,14 @@ def make_wuerstchen(folder):
             num_attention_heads=20, hidden_act="gelu", projection_dim=1280,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
         )  # fmt: skip
-        with cost.default_type(torch.bfloat16):
+        with estimate.default_type(torch.bfloat16):
             transformers.CLIPTextModel(bigg).save_pretrained(folder / "text_encoder")
         encoder = EfficientNetEncoder().train()
-        with torch.no_grad():  # batch norms that have seen pictures give latents of unit spread
+        with torch.no_grad():  # batch norms that have seen images give latents of unit variance
             for module in encoder.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.momentum = None
-            pixels = [data.preprocess(data.open_picture(rows[n]), 256) for n in range(8)]
+            pixels = [preprocess(open_image(rows[n]), 256) for n in range(8)]
             encoder(torch.stack(pixels))
         encoder.save_pretrained(folder / "image_encoder")
         tiny.make_prior(c=128, c_cond=1280, nhead=2).save_pretrained(folder / "prior")
@@ -332,7 +339,8 @@ def reference_pixels(picture, side):
     left, top = (round((length - side) / 2) for length in size)
     picture = picture.crop((left, top, left + side, top + side))
     values = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    numbers = images.IMAGENET_MEAN, images.IMAGENET_STD
+    mean, std = (torch.tensor(x)[:, None, None] for x in numbers)
     return values.sub(mean).div(std)
 
 
@@ -344,7 +352,7 @@ def reference_image_encoder(folder):
 
 def open_pictures():
     pictures = make_pictures(WORK / "pictures-48", 48)
-    return data.open_rows(None, None, str(pictures), "image", "text")
+    return tiny.rows(train_data_dir=str(pictures))
 
 
 def read_data(rounds):
@@ -356,37 +364,39 @@ def read_data(rounds):
         return [reference_pixels(Image.open(file), 768) for file in files]
 
     def ours():
-        return [data.preprocess(data.open_picture(rows[n]), 768) for n in range(8)]
+        return [preprocess(open_image(rows[n]), 768) for n in range(8)]
 
     for one, two in zip(theirs(), ours(), strict=True):
         agree(two, one, 2e-2, "a picture")
-    row("data: 8 JPEG pictures to pixels", *take_turns({"t": theirs, "o": ours}, rounds).values())
+    row("data: 8 JPEG images to pixels", *take_turns({"t": theirs, "o": ours}, rounds).values())
 
 
 @torch.no_grad()
 def encoded_both_ways(folder, rows):
     """(the reference's pairs, those out of a cache), functions each; shown to give the same."""
-    encoders = models.Encoders(folder, folder / "image_encoder", torch.bfloat16, DEVICE)
+    encoders = models.make_encoders(tiny.parts(folder), torch.bfloat16, DEVICE)
     image_encoder = reference_image_encoder(folder / "image_encoder")
 
     @torch.no_grad()
     def theirs():
-        pixels = torch.stack([reference_pixels(data.open_picture(row), 768) for row in rows])
+        pixels = torch.stack([reference_pixels(open_image(row), 768) for row in rows])
         latents = image_encoder(pixels.to(DEVICE, image_encoder.dtype)).add(1.0).div(42.0)
-        return latents, encoders.text(list(rows["text"]))
+        return latents, encoders.condition(list(rows["text"]))["text"]
 
     with tempfile.TemporaryDirectory(dir=WORK) as place:
         with contextlib.redirect_stdout(sys.stderr):  # what it says is no part of the table
-            store = cache.fill(Path(place), rows, encoders, 768)
-        pairs = cache.Pairs(rows, 768, 1, store=store)
-        found = [pairs[n] for n in range(len(rows))]  # which maps the files, so they may go
+            encoded = cache.encode_all(Path(place), rows, encoders, 768)
+        source = CachedSource(encoded, 768, {}, torch.bfloat16, DEVICE)
+        samples = source.samples(rows, 1)
+        found = [samples[n] for n in range(len(rows))]  # which maps the files, so they may go
 
     def ours():
-        return store.encode(data.collate([pairs[position] for position in range(len(rows))]))
+        return source.encode(collate([samples[position] for position in range(len(rows))]))
 
-    places = [store.rows[pairs.row(n)["number"]] for n in range(len(found))]
-    for one, two in zip(ours(), theirs(), strict=True):
-        agree(one, two[places], 2e-2, "a pair from the cache")
+    order = [encoded.rows[samples.row(n)["number"]] for n in range(len(found))]
+    latents, condition = ours()
+    for one, two in zip((latents, condition["text"]), theirs(), strict=True):
+        agree(one, two[order], 2e-2, "a pair from the cache")
     image_encoder.to(torch.bfloat16)  # the reference's type, in which random weights say little
     return theirs, ours
 
@@ -397,21 +407,23 @@ def encode(rounds, count=8):
     rows = open_pictures().select(range(count))
     folder, half = make_wuerstchen(MODEL), torch.bfloat16
     their_pairs, our_pairs = encoded_both_ways(folder, rows)
-    encoders = models.Encoders(folder, folder / "image_encoder", half, DEVICE)
-    pixels = torch.stack([data.preprocess(data.open_picture(found), 768) for found in rows])
+    encoders = models.make_encoders(tiny.parts(folder), half, DEVICE)
+    pixels = torch.stack([preprocess(open_image(found), 768) for found in rows])
     captions = list(rows["text"])
     sides = {
         "pairs encoded": their_pairs, "pairs read": our_pairs,
-        "pictures": lambda: encoders.latents(pixels), "captions": lambda: encoders.text(captions),
+        "images": lambda: encoders.latents(pixels),
+        "captions": lambda: encoders.condition(captions),
     }  # fmt: skip
     found = take_turns(sides, rounds)
-    row(f"{count} files to pairs, here from the cache", found["pairs encoded"], found["pairs read"])
-    for what in ("pictures", "captions"):
+    what = f"{count} files to latents and text, here from the cache"
+    row(what, found["pairs encoded"], found["pairs read"])
+    for what in ("images", "captions"):
         note(f"encode {count} {what}", duration(statistics.median(found[what])))
 
 
 def save(rounds):
-    """Weights and optimizer of the prior's piece: here sealed, flushed and renamed."""
+    """Weights and optimizer of the prior's piece: here with checksums, flushed and renamed."""
     prior, _ = make_pair(PIECE)
     trainable = dict(prior.named_parameters())
     optimizer = our_optimizer(trainable.values())
@@ -426,11 +438,11 @@ def save(rounds):
             torch.save(optimizer.state_dict(), place / "optimizer.bin")
 
         def ours():
-            tensors, _ = optim.state_by_name(optimizer, trainable)
+            tensors, _ = state.optimizer_state(optimizer, trainable)
             checkpoint.save(place, 1, {"weights": trainable, "optimizer": tensors}, {})
 
         found = take_turns({"t": theirs, "o": ours}, rounds)
-    row(f"save: {cost.gib(size)}; here with SHA-256 and flushed to the disk", *found.values())
+    row(f"save: {gib(size)}; here with SHA-256 and flushed to disk", *found.values())
 
 
 # ---- Whole runs, in processes of their own.
@@ -505,7 +517,7 @@ def run(rounds, epochs=10, count=48):
             begin = time.perf_counter()
             side()
             found[name].append(time.perf_counter() - begin)
-    what = f"run of {epochs} epochs, {count} pictures, start to result"
+    what = f"run of {epochs} epochs, {count} images, start to result"
     row(f"{what}; here with --cache_latents", found["theirs"], found["ours"])
     row(f"{what}; here with an earlier run's cache", found["theirs"], found["again"])
 
@@ -517,7 +529,7 @@ def adapters(prior, ours):
     """The trained parameters of a LoRA of rank 4 in each side's own way."""
     prior.requires_grad_(False).to(torch.bfloat16)
     if ours:
-        return list(lora.inject(prior, 4, 4, ["attention"]).values())
+        return list(adapter.add_adapters(prior, 4, 4, ["attention"]).values())
     import peft
 
     prior.add_adapter(
@@ -538,7 +550,7 @@ def kernels(function):
 def gpu_sides(priors, trained, batch):
     """{name: one optimizer step} of the reference, of ours, and of ours less one choice each."""
     ours, reference = priors
-    latents, text = make_batch(batch, CELLS, torch.bfloat16)
+    latents, text = make_batch(batch, SIZE, torch.bfloat16)
     fused, plain = our_optimizer(trained[0]), default_optimizer(trained[0])
     theirs = default_optimizer(trained[1])
 
@@ -569,7 +581,7 @@ def gpu(rounds):
         return
     peak = matmul_peak(torch.bfloat16, rounds)
     for kind, recompute in itertools.product(("full", "LoRA"), (False, True)):
-        priors = make_pair(cost.PUBLISHED)
+        priors = make_pair(PUBLISHED)
         if kind == "full":
             trained = [list(prior.parameters()) for prior in priors]
         else:
@@ -592,8 +604,8 @@ def gpu(rounds):
             print(f"| kernels | {counts['theirs']} | {counts['ours']} | | |")
             print(f"| peak memory of it | {peaks['theirs']} | {peaks['ours']} | | |")
             seconds = statistics.median(found["ours"])
-            share = flops(cost.PUBLISHED, batch, CELLS) / seconds / peak
-            speed = f"{batch / seconds:.1f} pictures/s"
+            share = flops(PUBLISHED, batch, SIZE) / seconds / peak
+            speed = f"{batch / seconds:.1f} images/s"
             note("", speed + f", {share:.0%} of a matrix product's FLOP/s" * (kind == "full"))
             for name in list(sides)[2:]:
                 row(f"here with {name} (first), and without", found[name], found["ours"])
@@ -606,7 +618,7 @@ def gpu_memory(function):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
-    return cost.gib(torch.cuda.max_memory_allocated() - before)
+    return gib(torch.cuda.max_memory_allocated() - before)
 
 
 PARTS = {
@@ -617,16 +629,16 @@ PARTS = {
 
 def main(words):
     if words[:1] == ["reference"]:
-        return reference_run(config.parse(config.Settings, words[1:]))
+        return reference_run(parse(Settings, words[1:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["all"], choices=[*PARTS, "all"])
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all of them")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args(words)
     os.environ["HF_HUB_OFFLINE"] = "1"
     WORK.mkdir(parents=True, exist_ok=True)
-    print("| measured | reference's way | here | ratio | lowest – highest |")
+    print("| measured | reference | here | ratio | lowest – highest |")
     print("|---|---|---|---|---|")
-    for name in PARTS if "all" in given.parts else given.parts:
+    for name in given.parts or PARTS:
         # A whole run is long enough to be measured fewer times.
         PARTS[name](min(given.rounds, 3) if name == "run" else given.rounds)
 

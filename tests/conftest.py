@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from minwurst import config, data
+from minwurst.base.settings import LoRASettings, Settings, parse
 from tests import tiny
 from tests.warm import Warm
 
@@ -46,7 +46,7 @@ def still_wuerstchen(tmp_path_factory):
 def few(tmp_path_factory):
     """A data set of five rows, which are checked in no time."""
     folder = tmp_path_factory.mktemp("data") / "few"
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows = tiny.rows()
     rows.select(range(5)).save_to_disk(folder)
     return folder
 
@@ -75,7 +75,7 @@ def flags(wuerstchen, output_dir, **changed):
     settings = {
         "pretrained_prior_model_name_or_path": wuerstchen,
         "image_encoder_name_or_path": Path(wuerstchen) / "image_encoder",
-        "train_data_dir": tiny.PICTURES,
+        "train_data_dir": tiny.IMAGES,
         "output_dir": output_dir,
         "resolution": 64,
         "train_batch_size": 4,
@@ -89,13 +89,13 @@ def flags(wuerstchen, output_dir, **changed):
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
-SCRIPTS = {"train.py": (train.main, config.Settings), "lora.py": (lora.main, config.LoRASettings)}
+SCRIPTS = {"train.py": (train.main, Settings), "lora.py": (lora.main, LoRASettings)}
 
 
 def train_here(wuerstchen, output_dir, script="train.py", **changed):
     """A script in this process, which saves the seconds that imports take. Returns output_dir."""
     main, kind = SCRIPTS[script]
-    main(config.parse(kind, flags(wuerstchen, output_dir, **changed)))
+    main(parse(kind, flags(wuerstchen, output_dir, **changed)))
     return Path(output_dir)
 
 

@@ -24,7 +24,8 @@ STATEFUL = """--use_ema --gradient_accumulation_steps=2 --caption_dropout=0.3
     --lr_scheduler=cosine --lr_warmup_steps=2 --dataloader_num_workers=2""".split()
 AUTHORS = ["--loss_weighting=p2", "--timestep_sampling=wuerstchen"]
 LORA = ["--lora_alpha=8", "--lora_dropout=0.2"]
-LOOK = ["--validation_prompts", "a bear", "a bell", "--validation_split=0.1", "--validation_steps=3"]
+LOOK = ["--validation_prompts", "a bear", "a bell"]
+LOOK += ["--validation_split=0.1", "--validation_steps=3"]
 # name: (ranks, whether it is stopped after step 3 and resumed, script and flags)
 RUNS = {
     "train fp32": (1, True, ["train.py", *STATEFUL]),
@@ -61,7 +62,7 @@ def digest(file):
 
 
 def results(folder):
-    """{file: SHA-256} of what a run made: tensors, result, images; not what holds times or paths."""
+    """{file: SHA-256} of a run's tensors, result and images; other files contain times or paths."""
     wanted = ("checkpoint-6/*.safetensors", "prior_pipeline/prior/*", "*.safetensors",
               "validation/*.png")  # fmt: skip
     files = [file for pattern in wanted for file in sorted(folder.glob(pattern))]
@@ -107,7 +108,8 @@ def main():
         found = run(name, work)
         different = [f for f in expected[name] | found if expected[name].get(f) != found.get(f)]
         differing += different
-        print(f"{name}: {', '.join(different) + ' differ' if different else 'the same'}", flush=True)
+        verdict = f"{', '.join(different)} differ" if different else "the same"
+        print(f"{name}: {verdict}", flush=True)
     sys.exit(bool(differing))
 
 

@@ -17,21 +17,22 @@ from pathlib import Path
 
 import diffusers
 
-from minwurst import cost, data
-from minwurst.effnet import EfficientNetEncoder
+from minwurst.base.console import gib
+from minwurst.step.image_encoder import EfficientNetEncoder
+from minwurst.step.prior import PUBLISHED
 from tests import tiny
 
 
 def make(folder):
     """A random Würstchen of the published sizes in the Hub's layout."""
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows = tiny.rows()
     tokenizer = tiny.make_tokenizer(rows["text"], size=700, length=77)
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder = tiny.make_text_encoder(tokenizer, 1280, layers=2, heads=20)
     text_encoder.save_pretrained(folder / "text_encoder")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
     EfficientNetEncoder().save_pretrained(folder / "image_encoder")
-    tiny.make_prior(**cost.PUBLISHED).save_pretrained(folder / "prior")
+    tiny.make_prior(**PUBLISHED).save_pretrained(folder / "prior")
 
 
 def main(folder, script="train.py", *flags):
@@ -44,7 +45,7 @@ def main(folder, script="train.py", *flags):
         [
             sys.executable, script, f"--pretrained_prior_model_name_or_path={folder}",
             f"--image_encoder_name_or_path={folder / 'image_encoder'}",
-            f"--train_data_dir={tiny.PICTURES}", f"--output_dir={tempfile.mkdtemp(dir=folder)}",
+            f"--train_data_dir={tiny.IMAGES}", f"--output_dir={tempfile.mkdtemp(dir=folder)}",
             "--max_train_steps=1", "--mixed_precision=bf16", "--gradient_checkpointing",
             "--report_to=none", *flags,
         ],
@@ -52,7 +53,7 @@ def main(folder, script="train.py", *flags):
     _, status, usage = os.wait4(process.pid, 0)  # this process alone, not the one that made weights
     assert status == 0, f"{script} ended with status {status}"
     seconds = time.perf_counter() - start
-    print(f"peak memory {cost.gib(usage.ru_maxrss * 1024)}, {seconds:.0f} s in all")
+    print(f"peak memory {gib(usage.ru_maxrss * 1024)}, {seconds:.0f} s in all")
 
 
 if __name__ == "__main__":

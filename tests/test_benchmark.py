@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from minwurst import config, data
+from minwurst.base.settings import Settings, parse
 from tests import benchmark, tiny
 from tests.conftest import ROOT, flags
 
@@ -27,7 +28,7 @@ def test_both_sides_are_shown_to_compute_the_same(pair):
 def test_its_preprocessing_is_torchvisions(torchvision_numbers):
     for name, pixels in torchvision_numbers.items():
         if name.startswith("picture "):
-            picture = data.Image.fromarray(pixels.numpy())
+            picture = Image.fromarray(pixels.numpy())
             expected = torchvision_numbers[name.replace("picture", "result")]
             found = benchmark.reference_pixels(picture, 64)
             assert benchmark.relative(found, expected) < 1e-6, name
@@ -55,7 +56,7 @@ def test_the_gpus_part_takes_steps(pair, kind, monkeypatch):
         trained = [benchmark.adapters(prior, side == 0) for side, prior in enumerate(pair)]
     for prior in pair:
         prior.train().enable_gradient_checkpointing()
-    monkeypatch.setattr(benchmark, "CELLS", 3)
+    monkeypatch.setattr(benchmark, "SIZE", 3)
     for name, function in benchmark.gpu_sides(pair, trained, 2).items():
         before = [[weight.detach().clone() for weight in weights] for weights in trained]
         function()
@@ -70,16 +71,16 @@ def test_the_references_run_ends_in_a_result(wuerstchen, tmp_path):
     words = flags(
         wuerstchen, tmp_path, max_train_steps=None, num_train_epochs=1, mixed_precision="bf16"
     )
-    benchmark.reference_run(config.parse(config.Settings, words))
+    benchmark.reference_run(parse(Settings, words))
     before = tiny.WuerstchenPrior.from_pretrained(wuerstchen / "prior").state_dict()
     after = tiny.WuerstchenPrior.from_pretrained(tmp_path).state_dict()
     assert not torch.equal(before["out.1.weight"], after["out.1.weight"])
     assert (tmp_path / "optimizer.bin").is_file()
 
 
-def test_the_readme_has_what_it_counts(capsys):
+def test_the_readme_has_the_counted_memory(capsys):
     benchmark.memory()
     printed = capsys.readouterr().out
-    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert printed in (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     shares = [float(line.split("|")[4].split()[0]) for line in printed.splitlines()]
     assert all(share <= 0.7 for share in shares[::2]) and all(s <= 0.1 for s in shares[1::2])

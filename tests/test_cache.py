@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minwurst import cache, checkpoint, data, models
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import cache, dataset, models
+from minwurst.run import checkpoint
+from minwurst.step.encoders import Encoders
+from minwurst.step.images import open_image
+from minwurst.step.samples import Samples, batches
 from tests import tiny
 from tests.conftest import assert_bitwise_equal, relative, torchrun, train_here
 
@@ -19,7 +23,7 @@ CACHED = {"cache_latents": True, "caption_dropout": 0.3, "train_data_dir": None}
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory):
     """The small pictures, but with one to three captions each, of which one is shared."""
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows = tiny.rows()
     texts = [[t, "a thing", f"{t} on white"][: 1 + n % 3] for n, t in enumerate(rows["text"])]
     table = datasets.Dataset.from_dict(
         {"image": rows["image"], "text": texts},
@@ -36,7 +40,7 @@ def short_files(monkeypatch):
 
 
 def encoders_of(wuerstchen, compute_type=torch.float32):
-    return models.Encoders(wuerstchen, wuerstchen / "image_encoder", compute_type, CPU)
+    return models.make_encoders(tiny.parts(wuerstchen), compute_type, CPU)
 
 
 def no_encoders(monkeypatch):
@@ -54,23 +58,24 @@ def no_encoders(monkeypatch):
 )
 def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_type, bound):
     """Every sample of an epoch, with caption lists and dropped captions, for any workers."""
-    rows = data.open_rows(str(listed), None, None, "image", "text")
+    rows = tiny.rows(dataset_name=str(listed))
     encoders = encoders_of(wuerstchen, compute_type)
-    store = cache.fill(tmp_path, rows, encoders, 64)
-    assert not {"for_text", "for_pictures"} & vars(encoders).keys()  # they have left the device
+    store = cache.encode_all(tmp_path, rows, encoders, 64)
+    assert not {"text", "image"} & vars(encoders).keys()  # unloaded
     chosen = rows.select(range(20, 50))  # as where rows are held out
-    plain = data.Pairs(chosen, 64, 3, 0.3)
-    cached = cache.Pairs(chosen, 64, 3, 0.3, store=store)
+    plain = Samples(chosen, 64, 3, 0.3)
+    cached = cache.EncodedSamples(chosen, 64, 3, 0.3, encoded=store)
     places = [range(start, start + 5) for start in range(0, 30, 5)]
     met = set()
-    one, two = (data.batches(cached, places, workers) for workers in (0, 2))
-    for found, again, samples in zip(one, two, data.batches(plain, places), strict=True):
+    one, two = (batches(cached, places, workers) for workers in (0, 2))
+    for found, again, samples in zip(one, two, batches(plain, places), strict=True):
         assert found["positions"] == samples["positions"] == again["positions"]
-        latents, text = store.encode(found)
-        assert torch.equal(latents, again["latents"]) and torch.equal(text, again["text"])
+        latents, text = found["latents"], found["condition"]["text"]
+        assert torch.equal(latents, again["latents"])
+        assert torch.equal(text, again["condition"]["text"])
         assert latents.dtype == torch.float32 and text.dtype == compute_type
         assert relative(latents, encoders.latents(samples["pixels"])) < 1e-5
-        assert relative(text, encoders.text(samples["captions"])) < bound
+        assert relative(text, encoders.condition(samples["captions"])["text"]) < bound
         met.update(samples["captions"])
     assert "" in met and "a thing" in met
     assert store.text.count < sum(map(len, rows["text"]))  # each text once
@@ -88,8 +93,10 @@ def test_a_cached_run_is_the_same_run(wuerstchen, listed, tmp_path, script, monk
     train_here(wuerstchen, tmp_path / "first", **{**shared, "max_train_steps": 1})
     no_encoders(monkeypatch)
     decoded = []
-    open_picture = data.open_picture
-    monkeypatch.setattr(data, "open_picture", lambda row: decoded.append(1) or open_picture(row))
+    for module in ("minwurst.step.samples", "minwurst.edge.dataset", "minwurst.edge.cache"):
+        monkeypatch.setattr(
+            f"{module}.open_image", lambda row: decoded.append(1) or open_image(row)
+        )
     parts = train_here(wuerstchen, tmp_path / "parts", **{**shared, "max_train_steps": 2})
     train_here(
         wuerstchen, parts, **shared, dataloader_num_workers=1, resume_from_checkpoint="latest"
@@ -107,7 +114,7 @@ def test_a_cached_run_trains_as_an_uncached_one(still_wuerstchen, tmp_path):
     for name, weight in one.items():
         if not name.endswith("to_k.bias"):
             assert relative(two[name], weight) < 1e-4, name
-    checkpoint.remove(cached / "checkpoint-4")
+    checkpoint.delete(cached / "checkpoint-4")
     back = train_here(still_wuerstchen, cached, **settings, resume_from_checkpoint="latest")
     assert (back / "checkpoint-4").is_dir()
 
@@ -137,10 +144,10 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
     two = torchrun(2, still_wuerstchen, tmp_path / "two", **settings, train_batch_size=2)
     found = {file.name: file.read_bytes() for file in tmp_path.glob("shared/latents-*/*")}
     assert len(found) == 3  # 56 pictures; 76 captions
-    rows = data.open_rows(str(listed), None, None, "image", "text")
+    rows = tiny.rows(dataset_name=str(listed))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's processes
-    cache.fill(tmp_path / "alone", rows, encoders_of(still_wuerstchen), 64)
+    cache.encode_all(tmp_path / "alone", rows, encoders_of(still_wuerstchen), 64)
     torch.set_num_threads(threads)
     assert found == {file.name: file.read_bytes() for file in tmp_path.glob("alone/*")}
     no_encoders(monkeypatch)
@@ -153,12 +160,12 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
 
 def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
     """What it is sent are names: also where processes are not forked, no tensor is copied."""
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
-    store = cache.fill(tmp_path, rows, encoders_of(wuerstchen), 64)
-    text = store.text[5]
+    rows = tiny.rows()
+    store = cache.encode_all(tmp_path, rows, encoders_of(wuerstchen), 64)
+    text = store.text[5]["text"]
     packed = pickle.dumps(store)
     assert len(packed) < 20_000
-    assert torch.equal(pickle.loads(packed).text[5], text)
+    assert torch.equal(pickle.loads(packed).text[5]["text"], text)
 
 
 # ---- Files that are not what they should be.
@@ -167,8 +174,8 @@ def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
 @pytest.fixture
 def filled(wuerstchen, tmp_path):
     """(folder, rows, the content of its files) of a whole cache."""
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
-    cache.fill(tmp_path / "cache", rows, encoders_of(wuerstchen), 64)
+    rows = tiny.rows()
+    cache.encode_all(tmp_path / "cache", rows, encoders_of(wuerstchen), 64)
     files = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     assert len(files) == 8  # of 56 pictures and 57 captions, 16 each
     return tmp_path / "cache", rows, files
@@ -196,14 +203,15 @@ def test_a_damaged_file_alone_is_written_again(wuerstchen, filled, kind, change,
         (folder / bad).unlink()
     else:
         (folder / bad).write_bytes(change(before[bad]))
-    written, write = [], cache.Shelf.write
+    written, write = [], cache.ShardedTensors.write
     monkeypatch.setattr(
-        cache.Shelf, "write", lambda self, start, tensor: written.append(self.file(start).name)
-        or write(self, start, tensor),
+        cache.ShardedTensors, "write",
+        lambda self, start, tensors: written.append(self.file(start).name)
+        or write(self, start, tensors),
     )  # fmt: skip
-    encoders, other = encoders_of(wuerstchen), {"text": "for_pictures", "latents": "for_text"}[kind]
-    monkeypatch.delattr(models.Encoders, other)  # the one that nothing needs is not loaded
-    cache.fill(folder, rows, encoders, 64)
+    encoders, other = encoders_of(wuerstchen), {"text": "image", "latents": "text"}[kind]
+    monkeypatch.delattr(Encoders, other)  # the one that is not needed is not loaded
+    cache.encode_all(folder, rows, encoders, 64)
     assert written == [bad]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -212,16 +220,16 @@ def test_a_file_of_another_length_is_written_again(wuerstchen, filled):
     """A whole file, sealed as it should be, but for fewer rows."""
     folder, rows, before = filled
     file = folder / "latents-00000048.safetensors"
-    tensor = load_file(file)["latents"][:3].clone()
-    save_file({"latents": tensor}, file, metadata={"sha256": cache.digest(tensor)})
-    cache.fill(folder, rows, encoders_of(wuerstchen), 64)
+    tensors = {"latents": load_file(file)["latents"][:3].clone()}
+    save_file(tensors, file, metadata={"sha256": cache.digest(tensors)})
+    cache.encode_all(folder, rows, encoders_of(wuerstchen), 64)
     assert file.read_bytes() == before[file.name]
 
 
 def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, capsys):
     """Stopped in the middle of a file: what was written is kept, the rest is encoded."""
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
-    latents, calls = models.Encoders.latents, []
+    rows = tiny.rows()
+    latents, calls = Encoders.latents, []
 
     def stop(self, pixels):
         calls.append(len(pixels))
@@ -229,23 +237,23 @@ def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
         return latents(self, pixels)
 
-    monkeypatch.setattr(models.Encoders, "latents", stop)
+    monkeypatch.setattr(Encoders, "latents", stop)
     with pytest.raises(KeyboardInterrupt):
-        cache.fill(tmp_path, rows, encoders_of(wuerstchen), 64)
+        cache.encode_all(tmp_path, rows, encoders_of(wuerstchen), 64)
     assert len(list(tmp_path.glob("latents-*"))) == 2 and len(list(tmp_path.glob("text-*"))) == 4
     calls.clear(), capsys.readouterr()
     monkeypatch.setattr(
-        models.Encoders, "latents", lambda self, pixels: calls.append(1) or latents(self, pixels)
+        Encoders, "latents", lambda self, pixels: calls.append(1) or latents(self, pixels)
     )
-    cache.fill(tmp_path, rows, encoders_of(wuerstchen), 64)
-    assert "24 pictures and 0 captions to encode" in capsys.readouterr().out
+    cache.encode_all(tmp_path, rows, encoders_of(wuerstchen), 64)
+    assert "24 images and 0 captions to encode" in capsys.readouterr().out
     assert len(calls) == 3  # 24 pictures, 8 at a time
 
 
 def test_other_facts_have_another_folder(tmp_path):
     facts = {"data": "1", "encoders": "2", "resolution": 64, "text_type": "torch.bfloat16"}
     changed = [{**facts, name: "other"} for name in facts]
-    folders = {cache.place(tmp_path, **known) for known in [facts, facts, *changed]}
+    folders = {cache.folder_for(tmp_path, **known) for known in [facts, facts, *changed]}
     assert len(folders) == 5
 
 
@@ -264,26 +272,26 @@ def test_what_changed_is_encoded_anew(wuerstchen, listed, tmp_path, capsys):
         capsys.readouterr()
         train_here(wuerstchen, tmp_path / str(number), **CACHED, **{**settings, **change})
         encoded = 0 if number < 2 else 56
-        assert f", {encoded} pictures and" in capsys.readouterr().out, change
+        assert f", {encoded} images and" in capsys.readouterr().out, change
 
 
 def test_a_bad_row_is_still_named(tmp_path):
     """What was found good is remembered by its content, so what changed since is looked at."""
     table = {"image": [], "text": []}
     for name in ("bear.webp", "bank.webp"):
-        table["image"].append({"bytes": (tiny.PICTURES / name).read_bytes(), "path": None})
+        table["image"].append({"bytes": (tiny.IMAGES / name).read_bytes(), "path": None})
         table["text"].append(name)
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
 
     def check(found_good):
         rows = datasets.Dataset.from_dict(table, features=features).add_column("number", range(2))
         rows = rows.cast_column("image", datasets.Image(decode=False))
-        return data.check_rows(rows, found_good=found_good)[1]
+        return dataset.check_rows(rows, known_good=found_good)[1]
 
     first, again = (check(tmp_path / "good") for _ in range(2))
     assert first == again == check(None)
     table["image"][1]["bytes"] = table["image"][1]["bytes"][:500]
-    with pytest.raises(UserError, match="Row 1: the picture can't be read"):
+    with pytest.raises(UserError, match="Row 1: can't read the image"):
         check(tmp_path / "good")
 
 
@@ -302,6 +310,6 @@ def test_a_write_that_fails_leaves_nothing_half(wuerstchen, tmp_path, monkeypatc
     monkeypatch.setattr(cache, "save_file", full)
     with pytest.raises(UserError, match="text-00000000.safetensors was not written: No space") as e:
         train_here(wuerstchen, tmp_path, cache_latents=True)
-    assert e.value.alone
+    assert e.value.one_rank
     (folder,) = tmp_path.glob("latents-*")
     assert not list(folder.iterdir())

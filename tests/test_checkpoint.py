@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from minwurst import checkpoint
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import files
+from minwurst.run import checkpoint, run
 
 GROUPS = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}, "ema": {}}
 
@@ -103,7 +104,7 @@ def test_damage_is_named_and_passed_over(tmp_path, kind, capsys):
     with pytest.raises(UserError, match="--resume_from_checkpoint .*checkpoint-2"):
         checkpoint.find(str(bad), tmp_path)
     shutil.rmtree(good)
-    with pytest.raises(UserError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(UserError, match="none of its 1 checkpoints is intact"):
         checkpoint.find("latest", tmp_path)
 
 
@@ -146,27 +147,27 @@ def test_find(tmp_path):
     folder = save(tmp_path, 3)
     for wanted in ("latest", str(folder), f"{folder}/", "checkpoint-3"):
         assert checkpoint.find(wanted, tmp_path) == folder
-    with pytest.raises(UserError, match="already holds checkpoint-3: add --resume_from_checkpoint"):
+    with pytest.raises(UserError, match="already contains checkpoint-3: add --resume_from_"):
         checkpoint.find(None, tmp_path)
-    with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-9: there is no such"):
+    with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-9: no such"):
         checkpoint.find("checkpoint-9", tmp_path)
 
 
 def test_changes_are_listed_or_refused():
     before = {"learning_rate": 1e-4, "resolution": 768, "cache_dir": None}
-    assert checkpoint.changes({}, before) == []
-    assert checkpoint.changes(before, {**before, "cache_dir": "x"}) == []
-    assert checkpoint.changes(before, {**before, "learning_rate": 1e-5}) == [
+    assert run.check_same_run({}, before) == []
+    assert run.check_same_run(before, {**before, "cache_dir": "x"}) == []
+    assert run.check_same_run(before, {**before, "learning_rate": 1e-5}) == [
         "learning_rate 0.0001 → 1e-05"
     ]
-    with pytest.raises(UserError, match="resolution was 768 and is 512 now"):
-        checkpoint.changes(before, {**before, "resolution": 512})
+    with pytest.raises(UserError, match="resolution was 768 and is now 512"):
+        run.check_same_run(before, {**before, "resolution": 512})
 
 
 def test_output_folder_that_cant_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="--output_dir .*can't be written"):
-        checkpoint.make_folder(tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="--output_dir .*is not writable"):
+        files.make_folder(tmp_path / "file" / "out")
 
 
 def test_no_pickle_anywhere(tmp_path):

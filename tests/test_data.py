@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from minwurst import data
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import dataset
+from minwurst.step import images
+from minwurst.step.images import open_image, preprocess
+from minwurst.step.samples import Samples, batches, captions_of
 from tests import tiny
 
 
@@ -26,9 +29,9 @@ def test_preprocess_equals_torchvision(torchvision_numbers):
     assert len(sizes) == 8
     for size in sizes:
         picture = Image.fromarray(torchvision_numbers[f"picture {size}"].numpy())
-        found, expected = data.preprocess(picture, 64), torchvision_numbers[f"result {size}"]
+        found, expected = preprocess(picture, 64), torchvision_numbers[f"result {size}"]
         assert found.shape == (3, 64, 64) and found.dtype == torch.float32
-        spread = torch.from_numpy(data.IMAGENET_STD)[:, None, None]
+        spread = torch.from_numpy(images.IMAGENET_STD)[:, None, None]
         levels = (found - expected) * spread * 255
         assert levels.abs().max() < 1.01, size  # at most one of 256 levels,
         assert levels.mean().abs() < 0.02, size  # as often up as down
@@ -52,7 +55,7 @@ def gradient(mode, high):
     ],
 )
 def test_deep_pictures_are_scaled(mode, high, kind):
-    found = np.asarray(data.open_picture(png(gradient(mode, high), kind)))
+    found = np.asarray(open_image(png(gradient(mode, high), kind)))
     expected = np.asarray(gradient("L", 255).convert("RGB"))
     assert found.shape == (64, 64, 3)
     assert np.abs(found.astype(int) - expected).max() <= 1
@@ -64,28 +67,33 @@ def test_transparency_becomes_white():
     palette = clear.quantize(4)
     grey = Image.new("LA", (8, 8), (0, 0))
     for picture in (clear, palette, grey):
-        found = data.open_picture(png(picture))
+        found = open_image(png(picture))
         assert found.mode == "RGB" and found.getpixel((5, 5)) == (255, 255, 255), picture.mode
-    assert data.open_picture(png(clear)).getpixel((0, 0)) == (0, 0, 255)
+    assert open_image(png(clear)).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_other_modes():
     red = Image.new("RGB", (8, 8), (200, 30, 40))
-    cmyk = data.open_picture(png(red.convert("CMYK"), "JPEG", quality=95)).getpixel((4, 4))
+    cmyk = open_image(png(red.convert("CMYK"), "JPEG", quality=95)).getpixel((4, 4))
     assert np.abs(np.subtract(cmyk, (200, 30, 40))).max() < 12
-    assert data.open_picture(png(Image.new("1", (8, 8), 1))).getpixel((4, 4)) == (255, 255, 255)
-    assert data.open_picture(png(Image.new("L", (8, 8), 7))).getpixel((4, 4)) == (7, 7, 7)
+    assert open_image(png(Image.new("1", (8, 8), 1))).getpixel((4, 4)) == (255, 255, 255)
+    assert open_image(png(Image.new("L", (8, 8), 7))).getpixel((4, 4)) == (7, 7, 7)
 
 
 def test_exif_rotation_is_applied():
     wide = Image.new("RGB", (40, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me by 90 degrees"
-    assert data.open_picture(png(wide, "JPEG", exif=exif)).size == (20, 40)
+    assert open_image(png(wide, "JPEG", exif=exif)).size == (20, 40)
 
 
 def open_folder(folder, image="image", text="text"):
-    return data.open_rows(None, None, str(folder), image, text)
+    return tiny.rows(train_data_dir=folder, image_column=image, caption_column=text)
+
+
+def named(name):
+    """A data set with the columns of `table`."""
+    return tiny.rows(dataset_name=name, image_column="picture", caption_column="words")
 
 
 @pytest.fixture
@@ -103,17 +111,17 @@ def table():
 
 def test_sources(table, tmp_path):
     """An image folder, parquet as a file and in a folder, save_to_disk with and without splits."""
-    assert len(open_folder(tiny.PICTURES)) == 56
+    assert len(open_folder(tiny.IMAGES)) == 56
     (tmp_path / "folder").mkdir()
     table.to_parquet(tmp_path / "folder" / "train.parquet")
     table.save_to_disk(tmp_path / "alone")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
     for name in ("folder", "folder/train.parquet", "alone", "splits"):
-        rows = data.open_rows(str(tmp_path / name), None, None, "picture", "words")
-        assert [data.captions_of(row) for row in rows] == table["words"], name
-        assert [data.open_picture(row).getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
+        rows = named(tmp_path / name)
+        assert [captions_of(row) for row in rows] == table["words"], name
+        assert [open_image(row).getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
         assert rows["number"] == [0, 1, 2, 3]
-        assert len(data.check_rows(rows)[1]) == 16
+        assert len(dataset.check_rows(rows)[1]) == 16
 
 
 def test_fingerprint_follows_content_not_place(table, tmp_path):
@@ -121,27 +129,27 @@ def test_fingerprint_follows_content_not_place(table, tmp_path):
     table.save_to_disk(tmp_path / "two")
     table.select([1, 0, 2, 3]).save_to_disk(tmp_path / "other")
     prints = [
-        data.check_rows(data.open_rows(str(tmp_path / name), None, None, "picture", "words"))[1]
+        dataset.check_rows(named(tmp_path / name))[1]
         for name in ("one", "two", "other")
     ]
     assert prints[0] == prints[1] != prints[2]
 
 
 def test_sample_rows_keep_their_numbers():
-    rows = open_folder(tiny.PICTURES)
-    some = data.sample_rows(rows, 5, seed=1)
+    rows = open_folder(tiny.IMAGES)
+    some = dataset.sample_rows(rows, 5, seed=1)
     assert len(some) == len(set(some["number"])) == 5
-    assert some["number"] == data.sample_rows(rows, 5, seed=1)["number"]
-    assert some["number"] != data.sample_rows(rows, 5, seed=2)["number"]
+    assert some["number"] == dataset.sample_rows(rows, 5, seed=1)["number"]
+    assert some["number"] != dataset.sample_rows(rows, 5, seed=2)["number"]
     assert rows[some["number"][0]]["text"] == some[0]["text"]
-    assert len(data.sample_rows(rows, 1000, seed=1)) == 56
+    assert len(dataset.sample_rows(rows, 1000, seed=1)) == 56
 
 
 def test_pairs_are_the_same_for_any_number_of_workers():
-    rows = open_folder(tiny.PICTURES)
-    pairs = data.Pairs(rows, 32, seed=1, caption_dropout=0.3)
+    rows = open_folder(tiny.IMAGES)
+    pairs = Samples(rows, 32, seed=1, caption_dropout=0.3)
     places = [range(0, 3), range(55, 58), range(3, 6)]
-    alone, helped = (list(data.batches(pairs, places, workers)) for workers in (0, 2))
+    alone, helped = (list(batches(pairs, places, workers)) for workers in (0, 2))
     assert [batch["positions"] for batch in alone] == [list(place) for place in places]
     for one, two in zip(alone, helped, strict=True):
         assert torch.equal(one["pixels"], two["pixels"])
@@ -165,9 +173,9 @@ GOOD = png(Image.new("RGB", (8, 8)))["image"]["bytes"]
 
 def test_wrong_column_lists_the_columns():
     with pytest.raises(UserError, match="--caption_column words.*columns image, text"):
-        open_folder(tiny.PICTURES, text="words")
+        open_folder(tiny.IMAGES, text="words")
     with pytest.raises(UserError, match="--image_column photo.*columns image, text"):
-        open_folder(tiny.PICTURES, image="photo")
+        open_folder(tiny.IMAGES, image="photo")
 
 
 def test_column_that_holds_no_pictures(tmp_path):
@@ -175,13 +183,13 @@ def test_column_that_holds_no_pictures(tmp_path):
         tmp_path / "numbers"
     )
     with pytest.raises(UserError, match="--image_column image holds .*not pictures"):
-        data.open_rows(str(tmp_path / "numbers"), None, None, "image", "text")
+        tiny.rows(dataset_name=str(tmp_path / "numbers"))
 
 
 @pytest.mark.parametrize("caption", [None, "", "  ", [], ["a", None], 7], ids=str)
 def test_bad_caption_names_the_row(caption):
     with pytest.raises(UserError, match="Row 3: the caption is"):
-        data.captions_of({**png(Image.new("RGB", (8, 8))), "text": caption})
+        captions_of({**png(Image.new("RGB", (8, 8))), "text": caption})
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -198,14 +206,14 @@ BROKEN = {
 def test_unreadable_picture_names_row_and_file(tmp_path, content):
     rows = [{"file_name": "good.png", "text": "a"}, {"file_name": "bad.png", "text": "b"}]
     folder = folder_with(tmp_path, rows, good_png=GOOD, bad_png=content)
-    with pytest.raises(UserError, match=r"Row 1 \(.*bad\.png\): the picture can't be read"):
-        data.check_rows(open_folder(folder))
+    with pytest.raises(UserError, match=r"Row 1 \(.*bad\.png\): can't read the image"):
+        dataset.check_rows(open_folder(folder))
 
 
 def test_enormous_picture_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(UserError, match="Row 3: the picture can't be read.*decompression bomb"):
-        data.open_picture(png(Image.new("RGB", (8, 8))))
+    with pytest.raises(UserError, match="Row 3: can't read the image.*decompression bomb"):
+        open_image(png(Image.new("RGB", (8, 8))))
 
 
 def test_missing_caption_is_counted(tmp_path):
@@ -216,44 +224,44 @@ def test_missing_caption_is_counted(tmp_path):
     ]
     folder = folder_with(tmp_path, rows, a_png=GOOD, b_png=GOOD, c_png=GOOD)
     with pytest.raises(UserError, match=r"Row 1: the caption is None.*1 more rows are bad"):
-        data.check_rows(open_folder(folder))
+        dataset.check_rows(open_folder(folder))
 
 
 def test_missing_picture_file(tmp_path):
     rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "gone.png", "text": "b"}]
     folder = folder_with(tmp_path, rows, a_png=GOOD)
-    with pytest.raises(UserError, match=r"Row 1 \(.*gone\.png\): the picture can't be read"):
-        data.check_rows(open_folder(folder))
+    with pytest.raises(UserError, match=r"Row 1 \(.*gone\.png\): can't read the image"):
+        dataset.check_rows(open_folder(folder))
 
 
 def test_empty_and_missing_sources(tmp_path):
     empty = datasets.Dataset.from_dict({"image": [], "text": []})
     empty.save_to_disk(tmp_path / "empty")
     with pytest.raises(UserError, match="--dataset_name .*or is empty"):
-        data.open_rows(str(tmp_path / "empty"), None, None, "image", "text")
+        tiny.rows(dataset_name=str(tmp_path / "empty"))
     some = datasets.Dataset.from_dict({"image": ["a.png"], "text": ["a"]})
     datasets.DatasetDict({"test": some}).save_to_disk(tmp_path / "test only")
     with pytest.raises(UserError, match="has no split `train`, only test"):
-        data.open_rows(str(tmp_path / "test only"), None, None, "image", "text")
+        tiny.rows(dataset_name=str(tmp_path / "test only"))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="--train_data_dir .*can't be read"):
         open_folder(tmp_path / "nothing")
     with pytest.raises(UserError, match="--train_data_dir .*no such folder"):
         open_folder(tmp_path / "not there")
     with pytest.raises(UserError, match="--dataset_name no/such.*can't be read"):
-        data.open_rows("no/such", None, None, "image", "text")
+        tiny.rows(dataset_name="no/such")
 
 
 def test_worker_error_is_one_line(tmp_path):
     """A picture that breaks after the check is named all the same, from a worker process too."""
     rows = [{"file_name": "bad.png", "text": "b"}]
     folder = folder_with(tmp_path, rows, bad_png=b"broken")
-    pairs = data.Pairs(open_folder(folder), 32, seed=1)
+    pairs = Samples(open_folder(folder), 32, seed=1)
     for workers in (0, 1):
         with pytest.raises(
             UserError, match=r"\ARow 0 \(.*bad\.png\): the picture can't.*\Z"
         ) as raised:
-            next(data.batches(pairs, [range(1)], workers))
+            next(batches(pairs, [range(1)], workers))
         assert raised.value.alone  # so that this rank says it, whichever it is
 
 
@@ -268,7 +276,7 @@ def test_names_of_pictures_are_no_splits(tmp_path, inside):
     (folder / "README.md").write_text("three pictures")
     for name in names:
         Image.new("RGB", (8, 8)).save(folder / name)
-    rows = data.open_rows(None, None, str(tmp_path / "set"), "image", "text")
+    rows = tiny.rows(train_data_dir=str(tmp_path / "set"))
     assert sorted(rows["text"]) == ["high", "test", "tram"]
 
 
@@ -277,31 +285,31 @@ def test_bad_rows_are_left_out_on_request(tmp_path, capsys):
     rows = [{"file_name": f"{i}.png", "text": "" if i % 2 else f"text {i}"} for i in range(24)]
     files = {f"{i}_png": b"broken" if i == 4 else GOOD for i in range(24)}
     opened = open_folder(folder_with(tmp_path, rows, **files))
-    kept, fingerprint = data.check_rows(opened, skip_bad=True)
+    kept, fingerprint = dataset.check_rows(opened, skip_bad=True)
     assert kept["number"] == [0, 2, *range(6, 24, 2)]
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1].split()[1] for line in said[:10]] == list("13457") + [
         "9", "11", "13", "15", "17"
     ]  # fmt: skip
-    assert said[10:] == ["left out in all: 13 of 24 rows"]
+    assert said[10:] == ["skipped in total: 13 of 24 rows"]
     never_had = opened.select(kept["number"])
-    assert data.check_rows(never_had) == data.check_rows(never_had, skip_bad=True)
-    assert data.check_rows(never_had)[1] == fingerprint
+    assert dataset.check_rows(never_had) == dataset.check_rows(never_had, skip_bad=True)
+    assert dataset.check_rows(never_had)[1] == fingerprint
     with pytest.raises(UserError, match=r"Row 1: .*12 more rows are bad.*--skip_bad_samples"):
-        data.check_rows(opened)
+        dataset.check_rows(opened)
 
 
 def test_nothing_but_bad_rows_is_an_error(tmp_path):
     opened = open_folder(folder_with(tmp_path, [{"file_name": "a.png", "text": ""}], a_png=GOOD))
     with pytest.raises(UserError, match="Row 0: the caption is ''"):
-        data.check_rows(opened, skip_bad=True)
+        dataset.check_rows(opened, skip_bad=True)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60000), (60000, 2), (33, 31)], ids=str)
 def test_any_shape_becomes_a_square(size):
-    picture = data.open_picture(png(Image.new("RGB", size, (255, 0, 0))))
-    red = (1 - data.IMAGENET_MEAN[0]) / data.IMAGENET_STD[0]
-    found = data.preprocess(picture, 64)
+    picture = open_image(png(Image.new("RGB", size, (255, 0, 0))))
+    red = (1 - images.IMAGENET_MEAN[0]) / images.IMAGENET_STD[0]
+    found = preprocess(picture, 64)
     assert found.shape == (3, 64, 64) and torch.allclose(found[0], torch.tensor(red))
 
 
@@ -312,4 +320,4 @@ def test_a_decompression_bomb_is_one_line(tmp_path):
     rows = [{"file_name": "bomb.png", "text": "a"}]
     opened = open_folder(folder_with(tmp_path, rows, bomb_png=bomb))
     with pytest.raises(UserError, match=r"\ARow 0 \(.*bomb\.png\): .*decompression bomb.*\Z"):
-        data.check_rows(opened)
+        dataset.check_rows(opened)

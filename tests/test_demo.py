@@ -8,9 +8,12 @@ from PIL import Image
 
 import lora
 import train
-from minwurst import config, miniature, models, sample
-from minwurst.config import LoRASettings, Settings, parse
+from minwurst import miniature, sample
+from minwurst.base.settings import LoRASettings, Settings, parse
+from minwurst.edge import models
 from minwurst.miniature import measure
+from minwurst.step.images import open_image, preprocess
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +27,17 @@ def size_of(folder):
 
 def test_it_is_small_and_its_pictures_are_free():
     assert size_of(miniature.WEIGHTS) + miniature.WORLD.stat().st_size < 25e6
-    assert size_of(miniature.PICTURES) < 6e6
-    licence = (miniature.PICTURES / "README.md").read_text(encoding="utf-8")
+    assert size_of(miniature.IMAGES) < 6e6
+    licence = (miniature.IMAGES / "README.md").read_text(encoding="utf-8")
     assert "Permission is hereby granted" in licence
 
 
 def test_a_given_flag_goes_before_the_preset():
-    preset = parse(Settings, ["--demo"])
+    preset = parse(Settings, ["--demo"], miniature.TRAIN)
     assert {n: getattr(preset, n) for n in miniature.TRAIN} == miniature.TRAIN
-    changed = parse(LoRASettings, ["--rank=2", "--demo", "--validation_prompts"])
+    changed = parse(
+        LoRASettings, ["--rank=2", "--demo", "--validation_prompts"], miniature.LORA
+    )
     assert (changed.rank, changed.validation_prompts) == (2, [])
     assert changed.output_dir == miniature.LORA["output_dir"]
     assert parse(Settings, ["--train_data_dir=x"]).resolution == 768  # and leaves others alone
@@ -40,21 +45,21 @@ def test_a_given_flag_goes_before_the_preset():
 
 def test_names_that_are_drawn_are_in_no_other_set(world):
     shipped = set(range(len(world.names))[measure.SHIPPED])
-    captions = (miniature.PICTURES / "metadata.jsonl").read_text(encoding="utf-8")
-    assert not shipped & set(world.drawn) and len(world.drawn) == measure.DRAWN
+    captions = (miniature.IMAGES / "metadata.jsonl").read_text(encoding="utf-8")
+    assert not shipped & set(world.generated) and len(world.generated) == measure.GENERATED
     for prompt in miniature.TRAIN["validation_prompts"]:
         assert prompt in world.names and f'"{prompt}"' not in captions
 
 
 def test_the_world_is_what_the_encoder_makes_of_the_pictures(world):
     """The latents that are shipped are those of the pictures that are shipped, by these weights."""
-    from minwurst import data, diffusion
+    from minwurst import diffusion
 
-    rows = data.open_rows(None, None, str(miniature.PICTURES), "image", "text")
+    rows = tiny.rows(train_data_dir=str(miniature.IMAGES))
     some = [rows[place] for place in range(0, len(rows), 40)]
     encoder = models.load_image_encoder(miniature.WEIGHTS / "image_encoder")
     with torch.no_grad():
-        pixels = torch.stack([data.preprocess(data.open_picture(row), 192) for row in some])
+        pixels = torch.stack([preprocess(open_image(row), 192) for row in some])
         found = diffusion.scale_latents(encoder(pixels))
     stored = world.latents["outlined"][[world.names.index(row["text"]) for row in some]]
     assert (found - stored).abs().max() < 0.1 and (found - stored).square().mean() < 1e-3
@@ -65,27 +70,27 @@ def test_the_world_is_what_the_encoder_makes_of_the_pictures(world):
 def fewer():
     """The world with a quarter of the names that `measure` draws, which takes a quarter of it."""
     world = measure.World()
-    world.drawn = world.drawn[::4]
+    world.generated = world.generated[::4]
     return world
 
 
 def test_the_base_draws_what_it_is_asked_for(world):
-    style, own, own_of_drawn, _ = measure.judge(measure.load_prior(), world, "solid", seed=3)
+    style, own, own_of_64, _ = measure.evaluate(measure.load_prior(), world, "solid", seed=3)
     assert style < 0.2
-    assert own > 10 * world.chances()[0] and own_of_drawn > 3 * world.chances()[1]
+    assert own > 10 * world.chances()[0] and own_of_64 > 3 * world.chances()[1]
 
 
 def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path, capsys):
     """The demo, and the command it prints at its end."""
     words = ["--demo", f"--output_dir={tmp_path / 'run'}"]
-    before = measure.judge(measure.load_prior(), fewer, "outlined", seed=3)
-    lora.main(parse(LoRASettings, words))
-    after = measure.judge(measure.load_prior(tmp_path / "run"), fewer, "outlined", seed=3)
+    before = measure.evaluate(measure.load_prior(), fewer, "outlined", seed=3)
+    lora.main(parse(LoRASettings, words, miniature.LORA))
+    after = measure.evaluate(measure.load_prior(tmp_path / "run"), fewer, "outlined", seed=3)
     assert before[0] < 0.2 and after[0] > 0.6
     assert after[2] > 1.5 * fewer.chances()[1]  # the thing is still there
     assert after[3] < before[3]
     printed = capsys.readouterr().out
-    command = next(line for line in printed.splitlines() if line.startswith("draw more: "))
+    command = next(line for line in printed.splitlines() if line.startswith("more images: "))
     words = shlex.split(command.split("minwurst.sample ")[1])
     assert words[:2] == ["--prompt", miniature.TRAIN["validation_prompts"][0]]
     words += [f"--output={tmp_path / 'x.png'}"]
@@ -97,5 +102,5 @@ def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path,
 
 def test_the_full_demo_starts_and_exports(tmp_path):
     words = ["--demo", "--max_train_steps=1", "--validation_prompts", "--train_batch_size=2"]
-    train.main(config.parse(Settings, [*words, f"--output_dir={tmp_path}"]))
+    train.main(parse(Settings, [*words, f"--output_dir={tmp_path}"], miniature.TRAIN))
     assert measure.load_prior(tmp_path).config.c == measure.load_prior().config.c

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMWuerstchenScheduler, WuerstchenPriorPipeline
 
-from minwurst import diffusion, models, pipelines
+from minwurst.edge import diffusers_pipelines, models
+from minwurst.step import diffusion
+from minwurst.step.encoders import encode_text
 from tests.conftest import relative
 
 TIMES = torch.linspace(0, 1, 101)
@@ -51,7 +53,7 @@ def test_sampling_equals_the_pipeline(wuerstchen, guidance):
     """The latents of two prompts, from the noise that the pipeline draws."""
     times = sys.modules[WuerstchenPriorPipeline.__module__].DEFAULT_STAGE_C_TIMESTEPS
     assert torch.equal(diffusion.sampling_times(), torch.Tensor(times))
-    pipeline = pipelines.prior_pipeline(wuerstchen, wuerstchen, torch.float32)
+    pipeline = diffusers_pipelines.prior_pipeline(wuerstchen, wuerstchen)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a bear", "honey pot"]
     expected = pipeline(
@@ -60,12 +62,9 @@ def test_sampling_equals_the_pipeline(wuerstchen, guidance):
     ).image_embeddings  # fmt: skip
     generator = torch.Generator().manual_seed(5)
     noise = torch.stack([torch.randn(2, 16, 3, 3, generator=generator) for _ in times])
-    text, empty = (
-        models.encode_text(pipeline.tokenizer, pipeline.text_encoder, captions)
-        for captions in (prompts, ["", ""])
-    )
+    text = encode_text(pipeline.tokenizer, pipeline.text_encoder, [*prompts, "", ""])
     prior = models.load_prior(wuerstchen).eval()
-    found = diffusion.unscale_latents(diffusion.sample(prior, text, empty, noise, guidance))
+    found = diffusion.unscale_latents(diffusion.sample(prior, {"text": text}, noise, guidance))
     assert relative(found, expected) < 1e-5
 
 

@@ -16,8 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from minwurst import checkpoint, data, draws, lora, models
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import lora_file, models
+from minwurst.run import run
+from minwurst.step import randomness
+from minwurst.step.images import open_image
+from minwurst.step.samples import Samples
+from tests import tiny
 from tests.conftest import assert_bitwise_equal, flags, train_here
 from tests.test_signals import SHORT, steps
 
@@ -48,7 +53,7 @@ def test_a_full_disk_loses_nothing(wuerstchen, few, tmp_path, monkeypatch, scrip
     sizes = [file.stat().st_size for file in (whole / "checkpoint-6").iterdir()]
     one = sum(-(-size // 4096) * 4096 for size in sizes)  # a tmpfs counts pages
     room_left_at = {2: one // 2}
-    take = data.Pairs.__getitem__
+    take = Samples.__getitem__
 
     def fill(pairs, position):
         if position in room_left_at:
@@ -57,7 +62,7 @@ def test_a_full_disk_loses_nothing(wuerstchen, few, tmp_path, monkeypatch, scrip
         return take(pairs, position)
 
     with mounted(tmp_path / "disk", "size=40m") as disk:
-        monkeypatch.setattr(data.Pairs, "__getitem__", fill)
+        monkeypatch.setattr(Samples, "__getitem__", fill)
         said = "checkpoint-4 was not written: .*space.* It needs [0-9,]+ bytes"
         for next_room, saved in (({5: one + 4096}, [2]), ({}, [2, 4, 6])):
             with pytest.raises(UserError, match=said):
@@ -78,7 +83,7 @@ def test_a_read_only_folder_is_said_first(warm, wuerstchen, tmp_path):
         code, printed = warm.run("train.py", words)
         assert code == 2
         assert printed == (
-            f"train.py: --output_dir {disk / 'out'} can't be written: Read-only file system.\n"
+            f"train.py: --output_dir {disk / 'out'} is not writable: Read-only file system.\n"
         )
 
 
@@ -96,20 +101,20 @@ def test_the_second_run_on_a_folder_is_refused(warm, wuerstchen, few, tmp_path):
         time.sleep(0.01)
     code, printed = warm.run("train.py", words)
     assert code == 2 and printed.count("\n") == 1
-    assert printed.startswith(f"train.py: --output_dir {tmp_path}: another run is writing there.")
+    assert printed.startswith(f"train.py: --output_dir {tmp_path}: another run is using it.")
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait()[0] == -signal.SIGKILL
     reached = steps(tmp_path)[-1]
     code, printed = warm.run("train.py", [*words, f"--max_train_steps={reached + 2}"])
-    assert code == 0 and f"going on from {tmp_path}/checkpoint-{reached}" in printed
+    assert code == 0 and f"resuming from {tmp_path}/checkpoint-{reached}" in printed
 
 
 def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, capsys):
     def unknown(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoint.fcntl, "lockf", unknown)
-    checkpoint.lock(tmp_path)
+    monkeypatch.setattr(run.fcntl, "lockf", unknown)
+    run.lock(tmp_path)
     assert "can't be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
 
@@ -119,8 +124,8 @@ def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, 
 def test_a_bad_loss_on_one_rank_stops_all(warm, wuerstchen, few, tmp_path):
     words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=1)
     first, second = warm.start_ranks(2, "train.py", words, [["noise", 4, "nan"]])
-    rows = [draws.row_at(7, 7, 5)]  # step 4 of two ranks ends with position 7
-    said = f"train.py: Step 4: the loss is not finite on rank 1, rows {rows}. It changed no weight."
+    rows = [randomness.row_at(7, 7, 5)]  # step 4 of two ranks ends with position 7
+    said = f"train.py: Step 4: the loss is not finite on rank 1, rows {rows}. No weight was"
     code, printed = first.wait()
     assert code == 2 and printed.splitlines()[-1].startswith(said), printed
     assert second.wait()[0] == 2
@@ -173,11 +178,11 @@ def test_no_pickle_is_executed(wuerstchen, tmp_path, part, name):
 
 
 def test_no_pickle_is_executed_as_a_lora(tmp_path):
-    for name in ("pytorch_lora_weights.bin", lora.FILE):
+    for name in ("pytorch_lora_weights.bin", lora_file.FILE):
         (tmp_path / name).write_bytes(pickle.dumps(Harmful(tmp_path / "executed")))
         for file in (tmp_path / name, tmp_path):
             with pytest.raises(UserError, match="LoRA "):
-                lora.read(file)
+                lora_file.read(file)
     assert not (tmp_path / "executed").exists()
 
 
@@ -188,7 +193,7 @@ def test_no_code_of_a_data_set_is_executed(tmp_path):
         (folder / name).write_text(f"import os; os.mkdir({str(tmp_path / 'executed')!r})")
     for source in (folder, folder / "pictures.py"):
         with pytest.raises(UserError, match="--dataset_name .* can't be read"):
-            data.open_rows(str(source), None, None, "image", "text")
+            tiny.rows(dataset_name=str(source))
     assert not (tmp_path / "executed").exists()
 
 
@@ -205,7 +210,7 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
     rows = [{"file_name": name, "text": "a"} for name in ("good.png", path)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="--train_data_dir .*can't be read"):
-        data.open_rows(None, None, str(folder), "image", "text")
+        tiny.rows(train_data_dir=str(folder))
     absolute, good = os.path.join(folder, path), str(folder / "good.png")
     for kind, stored in (
         (datasets.Value("string"), [good, absolute]),
@@ -216,15 +221,15 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
         table = datasets.Dataset.from_dict({"image": stored, "text": ["a", "b"]}, features)
         for name, length in (("good", 1), ("bad", 2)):
             pq.write_table(table.data.table.slice(length=length), folder / f"{name}.parquet")
-        with pytest.raises(UserError, match="Row 1: its picture .* lies outside the data set's"):
-            data.open_rows(str(folder / "bad.parquet"), None, None, "image", "text")
-        (row,) = data.open_rows(str(folder / "good.parquet"), None, None, "image", "text")
-        assert data.open_picture(row).size == (8, 8)
+        with pytest.raises(UserError, match="Row 1: its picture .* is outside the data set's"):
+            tiny.rows(dataset_name=str(folder / "bad.parquet"))
+        (row,) = tiny.rows(dataset_name=str(folder / "good.parquet"))
+        assert open_image(row).size == (8, 8)
 
 
 def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
     """Two ranks end as one process does on a data set that never had the bad rows."""
-    good = data.open_rows(str(few), None, None, "image", "text").remove_columns("number")
+    good = tiny.rows(dataset_name=str(few)).remove_columns("number")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     bad = {"image": [{"bytes": b"broken", "path": None}], "text": ["bad"]}
     bad = datasets.Dataset.from_dict(bad, features)
@@ -236,8 +241,8 @@ def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
     found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
     assert [code for code, _ in found] == [0, 0], found
     printed = "".join(printed for _, printed in found)
-    assert "left out: Row 0" in printed and "left out: Row 6" in printed
-    assert printed.count("left out in all: 2 of 7 rows") == 1
+    assert "skipped: Row 0" in printed and "skipped: Row 6" in printed
+    assert printed.count("skipped in total: 2 of 7 rows") == 1
     words = flags(wuerstchen, tmp_path / "never", **settings, dataset_name=few)
     found = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
     assert [code for code, _ in found] == [0, 0], found

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from minwurst import hub, lora
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import card, hub, lora_file, run_file
 from tests import tiny
 from tests.conftest import command, flags, train_here
 from tests.hub import LoopbackHub
@@ -38,11 +38,11 @@ ROOT = Path(__file__).parent.parent
 def loopback(wuerstchen, tmp_path_factory):
     """A Hub with small models under the published names, and a data set of eight pictures."""
     pictures = tmp_path_factory.mktemp("pictures")
-    for line in (tiny.PICTURES / "metadata.jsonl").read_text().splitlines()[:8]:
+    for line in (tiny.IMAGES / "metadata.jsonl").read_text().splitlines()[:8]:
         with open(pictures / "metadata.jsonl", "a") as metadata:
             metadata.write(line + "\n")
         name = json.loads(line)["file_name"]
-        (pictures / name).write_bytes((tiny.PICTURES / name).read_bytes())
+        (pictures / name).write_bytes((tiny.IMAGES / name).read_bytes())
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as opened:
         opened.add("warp-ai/wuerstchen-prior", wuerstchen)
         opened.add("warp-ai/wuerstchen", wuerstchen / "decoder")
@@ -80,7 +80,7 @@ def test_one_commit_of_the_result_and_nothing_else(loopback, pushed, script):
     name = NAMES[script]
     (paths,) = (set(paths) for repo, _, paths in loopback.commits if repo == f"me/{name}")
     if script == "lora.py":
-        assert paths == {"README.md", "before_after.png", lora.FILE}
+        assert paths == {"README.md", "before_after.png", lora_file.FILE}
     else:
         assert {"README.md", "before_after.png", "model_index.json"} < paths
         inside = {path.split("/")[0] for path in paths if "/" in path}
@@ -129,7 +129,6 @@ def test_what_was_pushed_gives_the_same_latents(loopback, pushed, tmp_path):
     code = """
 import sys, torch
 from safetensors.torch import save_file
-from minwurst import pipelines
 def latents(prior, lora=None):
     prior, _ = pipelines.load(prior, lora=lora)
     generator = torch.Generator().manual_seed(3)
@@ -174,7 +173,7 @@ def test_a_busy_hub_is_asked_again(loopback, finished):
     code, printed = again(loopback, finished, "retried")
     assert code == 0, printed
     assert printed.count("Trying again in 0 s") == 3
-    assert (loopback.files("me/retried") / lora.FILE).is_file()
+    assert (loopback.files("me/retried") / lora_file.FILE).is_file()
 
 
 def test_a_push_that_fails_can_be_made_again(loopback, finished):
@@ -183,47 +182,48 @@ def test_a_push_that_fails_can_be_made_again(loopback, finished):
     assert code == 1 and "Traceback" not in printed
     said = printed.splitlines()[-1]
     assert "Not pushed to me/later" in said and f"The result is safe in {finished}." in said
-    assert not (loopback.files("me/later") / lora.FILE).exists() and "me/later" in loopback.private
+    assert not (loopback.files("me/later") / lora_file.FILE).exists()
+    assert "me/later" in loopback.private
     words = shlex.split(said.split("python -m minwurst.hub ")[1])
     code, printed = again(loopback, *words)
     assert code == 0 and "pushed: " in printed
-    assert (loopback.files("me/later") / lora.FILE).is_file()
+    assert (loopback.files("me/later") / lora_file.FILE).is_file()
 
 
 def test_a_login_that_is_gone_at_the_end(finished, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(
-        UserError, match="knows no login here.* The result is safe in .*minwurst.hub"
+        UserError, match="No login to the Hub found.* The result is safe in .*minwurst.hub"
     ):
         hub.push(finished, "me/late")
 
 
 def test_no_result_no_push(finished, tmp_path):
-    with pytest.raises(UserError, match="is no run's --output_dir: its run.json can't be read"):
+    with pytest.raises(UserError, match="is not the --output_dir of a run: can't read its"):
         hub.push(tmp_path, "me/empty", "hf_any")
     (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
-    with pytest.raises(UserError, match="holds no result"):
+    with pytest.raises(UserError, match="contains no result"):
         hub.push(tmp_path, "me/empty", "hf_any")
 
 
 def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
     """Wherever it is written: what was a folder for the run is no repository later."""
     monkeypatch.chdir(tmp_path)
-    run = hub.read_run(finished)
+    run = run_file.read(finished)
     run["settings"] |= {"dataset_name": "secret/client", "validation_prompts": ["a | 'b'\n{c} `"]}
     assert run["published"] == {
         "base": None, "decoder": "warp-ai/wuerstchen", "data": None, "prior_alone": False,
     }  # fmt: skip
-    text = hub.card(run, "me/x", hub.results(finished, run))
+    text = card.card(run, "me/x", hub.results(finished, run))
     assert "secret" not in text and str(finished.parent) not in text
-    assert "Name the base in place of THE/BASE" in text and "lora_targets" not in text
+    assert "Replace THE/BASE" in text and "lora_targets" not in text
     compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "snippet", "exec")
     settings = {
         "pretrained_prior_model_name_or_path": "/data",
         "pretrained_decoder_model_name_or_path": "owner/name", "dataset_name": "here/it_is",
     }  # fmt: skip
     (tmp_path / "here/it_is").mkdir(parents=True)
-    told = hub.published(settings, finished)
+    told = run_file.publishable_names(settings, finished)
     assert (told["base"], told["decoder"], told["data"]) == (None, "owner/name", None)
 
 
@@ -240,11 +240,11 @@ def asked_here(loopback, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "token", "said"),
     [
-        ("someone/else", "TOKEN", "No push to someone/else: It is somebody else's, or the token"),
-        ("me/x", "hf_wrong", "No push to me/x: The Hub does not know this token. Run `hf auth"),
-        ("me/x", "", "The Hub knows no login here. Run `hf auth login`"),
-        ("me/x", "hf_tökén", "The Hub's token holds characters that no token has"),
-        ("me/x y", "TOKEN", "me/x y is no name for a repository"),
+        ("someone/else", "TOKEN", "Can't push to someone/else: The repository is somebody else's,"),
+        ("me/x", "hf_wrong", "Can't push to me/x: The Hub rejects this token. Run `hf auth"),
+        ("me/x", "", "No login to the Hub found. Run `hf auth login`"),
+        ("me/x", "hf_tökén", "The Hub's token contains characters that no token has"),
+        ("me/x y", "TOKEN", "me/x y is not a valid repository name"),
     ],
 )
 def test_repositories_that_can_not_be_pushed_to(asked_here, monkeypatch, capsys, name, token, said):
@@ -263,13 +263,13 @@ def test_an_existing_repository_one_may_not_write_to(asked_here):
     """Making it is answered "it exists"; only the check of the right to write tells."""
     hub.make_repository("me/there")
     asked_here.answer(403, path="/auth-check/write")
-    with pytest.raises(UserError, match="No push to me/there: It is somebody else's, or the token"):
+    with pytest.raises(UserError, match="Can't push to me/there: .* is somebody else's, or"):
         hub.make_repository("me/there")
 
 
 def test_private_is_not_made_public_in_silence(asked_here):
     hub.make_repository("me/open")
-    with pytest.raises(UserError, match="me/open is there already, and public"):
+    with pytest.raises(UserError, match="me/open already exists and is public"):
         hub.make_repository("me/open", private=True)
     assert hub.make_repository("me/shut", private=True) == "me/shut"
     assert hub.make_repository("me/shut", private=True) == "me/shut"
@@ -277,13 +277,13 @@ def test_private_is_not_made_public_in_silence(asked_here):
 
 def test_without_the_hub_no_push_is_begun(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_any")
-    with pytest.raises(UserError, match="No push to me/x: OfflineModeIsEnabled"):
+    with pytest.raises(UserError, match="Can't push to me/x: OfflineModeIsEnabled"):
         hub.make_repository("me/x")
 
 
 def test_a_dropped_connection_is_told_without_the_request(asked_here):
     asked_here.answer(0, times=2, path="/api/repos/create")
-    with pytest.raises(UserError, match=r"No push to me/x: \w+Error on the way to the Hub\.$"):
+    with pytest.raises(UserError, match=r"Can't push to me/x: \w+ while talking to the Hub\.$"):
         hub.make_repository("me/x")
 
 
@@ -292,7 +292,7 @@ def test_a_wrong_token_is_said_first(loopback, tmp_path):
     words = flags("nowhere", tmp_path / "out", train_data_dir="nowhere", push_to_hub=True)
     code, printed = run(["train.py", *words], tmp_path, loopback, HF_TOKEN="hf_wrong")
     assert code == 2 and "Traceback" not in printed
-    assert "The Hub does not know this token. Run `hf auth login`" in printed
+    assert "The Hub rejects this token. Run `hf auth login`" in printed
 
 
 def test_two_ranks_push_once(loopback, wuerstchen, tmp_path):

@@ -12,7 +12,8 @@ import signal
 
 import pytest
 
-from minwurst import checkpoint, lora
+from minwurst.edge import lora_file
+from minwurst.run import checkpoint
 from tests.conftest import assert_bitwise_equal, flags
 
 STEPS = 4  # each is saved
@@ -53,10 +54,10 @@ class Case:
         assert self.saved[number] <= reached <= self.saved[number] + 1
         code, printed = self.run(out)
         assert code == 0, printed
-        assert "passed over" not in printed  # what is not whole never had a checkpoint's name
+        assert "skipped" not in printed  # what is not whole never had a checkpoint's name
         assert_bitwise_equal(self.whole / f"checkpoint-{STEPS}", out / f"checkpoint-{STEPS}")
         result = "prior_pipeline/prior/diffusion_pytorch_model.safetensors"
-        result = result if self.script == "train.py" else lora.FILE
+        result = result if self.script == "train.py" else lora_file.FILE
         assert (self.whole / result).read_bytes() == (out / result).read_bytes()
         # A kill in the last rotation leaves one more, for the next save to remove.
         assert self.limit <= len(checkpoint.list_all(out)) <= self.limit + 1

@@ -10,8 +10,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minwurst import config, lora, models
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.base.settings import LoRASettings, parse
+from minwurst.edge import lora_file, models
+from minwurst.step import adapter
 from tests import tiny
 from tests.conftest import ROOT, command, relative
 
@@ -28,10 +30,10 @@ def make_prior(dtype=torch.float32):
 def make_adapted(rank=4, alpha=8.0, targets=("attention",)):
     """A prior with adapters that do something."""
     prior = make_prior()
-    lora.inject(prior, rank, alpha, targets)
+    adapter.add_adapters(prior, rank, alpha, targets)
     with torch.no_grad():
-        for adapter in lora.adapters(prior).values():
-            adapter.lora_B.normal_(std=0.2)
+        for layer in adapter.adapters(prior).values():
+            layer.lora_B.normal_(std=0.2)
     return prior
 
 
@@ -46,7 +48,7 @@ def predict(prior, autocast=False):
 def test_a_fresh_adapter_changes_nothing(targets, half):
     prior = make_prior(torch.bfloat16 if half else torch.float32)
     before = predict(prior, half)
-    trainable = lora.inject(prior, 4, 4, targets)
+    trainable = adapter.add_adapters(prior, 4, 4, targets)
     assert torch.equal(predict(prior, half), before)
     assert {w.dtype for w in trainable.values()} == {torch.float32}
     assert {n for n, w in prior.named_parameters() if w.requires_grad} == trainable.keys()
@@ -55,9 +57,9 @@ def test_a_fresh_adapter_changes_nothing(targets, half):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_without_autocast(tmp_path, dtype):
     """As one samples: a prior in half precision, its adapters in fp32."""
-    lora.save(make_adapted(), tmp_path / lora.FILE)
-    expected = predict(lora.load(make_prior(), tmp_path))
-    prior = lora.load(make_prior(dtype), tmp_path)
+    lora_file.save(make_adapted(), tmp_path / lora_file.FILE)
+    expected = predict(lora_file.load(make_prior(), tmp_path))
+    prior = lora_file.load(make_prior(dtype), tmp_path)
     with torch.no_grad():
         x, t, text = INPUTS
         found = prior(x.to(dtype), t, text.to(dtype))
@@ -68,12 +70,12 @@ def test_scale():
     prior, base = make_adapted(), predict(make_prior())
     trained = predict(prior)
     assert relative(trained, base) > 0.001
-    lora.set_scale(prior, 0)
+    adapter.set_scale(prior, 0)
     assert torch.equal(predict(prior), base)
-    lora.set_scale(prior, 0.5)
+    adapter.set_scale(prior, 0.5)
     halfway = predict(prior)
     assert not torch.equal(halfway, base) and not torch.equal(halfway, trained)
-    lora.set_scale(prior, 1)
+    adapter.set_scale(prior, 1)
     assert torch.equal(predict(prior), trained)
 
 
@@ -81,22 +83,22 @@ def test_scale():
 @pytest.mark.parametrize("scale", [1.0, -0.5, 2.0])
 def test_merged_is_wrapped(targets, scale):
     prior = make_adapted(targets=targets)
-    lora.set_scale(prior, scale)
+    adapter.set_scale(prior, scale)
     wrapped = predict(prior)
-    merged = lora.merge(prior)
-    assert not lora.adapters(merged)
+    merged = adapter.merge(prior)
+    assert not adapter.adapters(merged)
     assert merged.state_dict().keys() == make_prior().state_dict().keys()
     assert relative(predict(merged), wrapped) < 1e-6
 
 
 def test_presets_and_names():
     prior = make_prior()
-    attention = lora.find_targets(prior, ["attention"])
+    attention = adapter.find_targets(prior, ["attention"])
     assert len(attention) == 8 and "blocks.2.attention.to_out.0" in attention
-    every = lora.find_targets(prior, ["all-linear"])
+    every = adapter.find_targets(prior, ["all-linear"])
     linear = [n for n, m in prior.named_modules() if isinstance(m, torch.nn.Linear)]
     assert every == linear and len(every) == 18
-    assert lora.find_targets(prior, ["channelwise.0", "kv_mapper.1", "to_q"]) == [
+    assert adapter.find_targets(prior, ["channelwise.0", "kv_mapper.1", "to_q"]) == [
         "blocks.0.channelwise.0", "blocks.2.attention.to_q", "blocks.2.kv_mapper.1",
         "blocks.3.channelwise.0", "blocks.5.attention.to_q", "blocks.5.kv_mapper.1",
     ]  # fmt: skip
@@ -118,13 +120,13 @@ def reference_pipeline(wuerstchen):
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 16.0), (8, 3.0)])
 def test_our_file_in_diffusers(wuerstchen, tmp_path, targets, rank, alpha):
     prior = make_adapted(rank, alpha, targets)
-    lora.save(prior, tmp_path / lora.FILE)
+    lora_file.save(prior, tmp_path / lora_file.FILE)
     pipeline = reference_pipeline(wuerstchen)
     before = predict(pipeline.prior)
-    pipeline.load_lora_weights(tmp_path, weight_name=lora.FILE)
+    pipeline.load_lora_weights(tmp_path, weight_name=lora_file.FILE)
     assert relative(predict(prior), before) > 0.001
     assert relative(predict(pipeline.prior), predict(prior)) < 1e-5
-    again = lora.load(make_prior(), tmp_path)
+    again = lora_file.load(make_prior(), tmp_path)
     assert relative(predict(again), predict(prior)) < 1e-6
 
 
@@ -149,14 +151,14 @@ def test_a_file_of_the_reference_script(tmp_path):
     diffusers.WuerstchenPriorPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(prior)
     )
-    assert relative(predict(lora.load(make_prior(), tmp_path)), predict(prior)) < 1e-5
+    assert relative(predict(lora_file.load(make_prior(), tmp_path)), predict(prior)) < 1e-5
 
 
 def test_a_file_with_metadata_of_diffusers(tmp_path):
     """save_lora_adapter of newer versions keeps alpha in the file's metadata."""
     prior = peft_prior(alpha=12, targets=ATTENTION)
     prior.save_lora_adapter(tmp_path)
-    found = lora.load(make_prior(), tmp_path)
+    found = lora_file.load(make_prior(), tmp_path)
     assert relative(predict(found), predict(prior)) < 1e-5
 
 
@@ -174,7 +176,7 @@ def test_a_folder_of_peft(tmp_path, rslora):
     reference.load_state_dict(make_prior().state_dict())
     wrapped = peft.get_peft_model(reference.eval(), settings)
     wrapped.save_pretrained(tmp_path)
-    found = lora.load(make_prior(), tmp_path)
+    found = lora_file.load(make_prior(), tmp_path)
     with torch.no_grad():
         assert relative(predict(found), wrapped(*INPUTS)) < 1e-5
 
@@ -184,8 +186,8 @@ def test_training_steps_equal_pefts(targets):
     """Adapter weights after 5 AdamW steps from the same start, on the same data."""
     preset, names = targets
     ours = make_prior().train()
-    trainable = lora.inject(ours, 4, 8.0, [preset])
-    names = names or [name.removesuffix(".base") for name in lora.adapters(ours)]
+    trainable = adapter.add_adapters(ours, 4, 8.0, [preset])
+    names = names or [name.removesuffix(".base") for name in adapter.adapters(ours)]
     theirs = Reference.from_config(make_prior().config)
     theirs.load_state_dict(make_prior().state_dict())
     theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
@@ -216,43 +218,43 @@ def test_training_steps_equal_pefts(targets):
 
 def test_start_from_a_file(tmp_path):
     prior = make_adapted(4, 8.0)
-    lora.save(prior, tmp_path / lora.FILE)
+    lora_file.save(prior, tmp_path / lora_file.FILE)
     fresh = make_prior()
-    lora.inject(
+    adapter.add_adapters(
         fresh, 4, 2.0, ["attention"]
     )  # another alpha: the function is the same all the same
-    lora.start_from(fresh, tmp_path / lora.FILE)
+    lora_file.start_from(fresh, tmp_path / lora_file.FILE)
     assert relative(predict(fresh), predict(prior)) < 1e-6
     other = make_prior()
-    lora.inject(other, 2, 2.0, ["attention"])
+    adapter.add_adapters(other, 2, 2.0, ["attention"])
     with pytest.raises(UserError, match="has rank 4, --rank is 2"):
-        lora.start_from(other, tmp_path / lora.FILE)
+        lora_file.start_from(other, tmp_path / lora_file.FILE)
     other = make_prior()
-    lora.inject(other, 4, 4.0, ["to_q"])
+    adapter.add_adapters(other, 4, 4.0, ["to_q"])
     with pytest.raises(UserError, match="is in only one of it and --lora_targets"):
-        lora.start_from(other, tmp_path / lora.FILE)
+        lora_file.start_from(other, tmp_path / lora_file.FILE)
 
 
 def test_mistakes_in_targets_and_rank():
     for rank in (0, 65):
         with pytest.raises(
-            UserError, match=f"--rank is {rank}; blocks.2.attention.to_q takes 1 to 64"
+            UserError, match=f"--rank is {rank}; blocks.2.attention.to_q allows 1 to 64"
         ):
-            lora.inject(make_prior(), rank, 4, ["attention"])
+            adapter.add_adapters(make_prior(), rank, 4, ["attention"])
     with pytest.raises(UserError, match="--lora_targets to_qq matches no layer; near it: .*to_q"):
-        lora.inject(make_prior(), 4, 4, ["to_qq"])
+        adapter.add_adapters(make_prior(), 4, 4, ["to_qq"])
     with pytest.raises(UserError, match="--lora_targets add_k_proj matches no layer"):
-        lora.inject(make_prior(), 4, 4, ["to_k", "add_k_proj"])
+        adapter.add_adapters(make_prior(), 4, 4, ["to_k", "add_k_proj"])
     with pytest.raises(UserError, match="to_out: that is no linear layer. In it: to_out.0"):
-        lora.inject(make_prior(), 4, 4, ["to_out"])
+        adapter.add_adapters(make_prior(), 4, 4, ["to_out"])
     with pytest.raises(UserError, match="--lora_targets depthwise: that is no linear layer"):
-        lora.inject(make_prior(), 4, 4, ["depthwise"])
+        adapter.add_adapters(make_prior(), 4, 4, ["depthwise"])
 
 
 def broken(tmp_path, change):
     """A good file, changed."""
-    file = tmp_path / lora.FILE
-    lora.save(make_adapted(), file)
+    file = tmp_path / lora_file.FILE
+    lora_file.save(make_adapted(), file)
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -306,44 +308,44 @@ MISTAKES = {
 def test_mistakes_in_files(tmp_path, kind):
     change, said = MISTAKES[kind]
     with pytest.raises(UserError, match=said):
-        lora.load(make_prior(), broken(tmp_path, change))
+        lora_file.load(make_prior(), broken(tmp_path, change))
 
 
 @pytest.mark.parametrize("stored", ["{", "[1]", '{"prior.lora_alpha": null}'])
 def test_broken_settings_in_files(tmp_path, stored):
-    file = tmp_path / lora.FILE
-    tensors = lora.state_dict(make_adapted())
+    file = tmp_path / lora_file.FILE
+    tensors = lora_file.state_dict(make_adapted())
     save_file(tensors, file, metadata={"lora_adapter_metadata": stored})
     with pytest.raises(UserError, match="its settings can't be read"):
-        lora.read(file)
+        lora_file.read(file)
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
-        lora.read(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        lora_file.read(tmp_path)
     file = broken(tmp_path, lambda tensors: None)
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(UserError, match="can't be read"):
-        lora.read(file)
+        lora_file.read(file)
 
 
 def test_the_program(wuerstchen, tmp_path):
     prior = models.load_prior(wuerstchen)
-    lora.inject(prior, 4, 8.0, ["attention"])
+    adapter.add_adapters(prior, 4, 8.0, ["attention"])
     with torch.no_grad():
-        for adapter in lora.adapters(prior).values():
-            adapter.lora_B.normal_(std=0.2)
-    lora.save(prior, tmp_path / lora.FILE)
+        for layer in adapter.adapters(prior).values():
+            layer.lora_B.normal_(std=0.2)
+    lora_file.save(prior, tmp_path / lora_file.FILE)
     run = (sys.executable, "-m", "minwurst.lora")
     _, printed = command(*run, "show", tmp_path)
     assert "8 layers, 4,096 parameters" in printed and "attention.to_q: 2 × rank 4" in printed
     command(*run, "merge", tmp_path, wuerstchen, tmp_path / "merged", "--scale", "0.5")
-    lora.set_scale(prior.eval(), 0.5)
+    adapter.set_scale(prior.eval(), 0.5)
     assert relative(predict(models.load_prior(tmp_path / "merged")), predict(prior)) < 1e-5
     code, printed = command(*run, "merge", tmp_path, wuerstchen, wuerstchen, check=False)
     assert code != 0 and "is there already: name a new folder" in printed
     code, printed = command(*run, "show", tmp_path / "nothing", check=False)
-    assert code != 0 and "Traceback" not in printed and "there is no such file" in printed
+    assert code != 0 and "Traceback" not in printed and "no such file" in printed
 
 
 # ---- The twin.
@@ -361,8 +363,8 @@ def test_the_loops_are_byte_identical():
 
 
 def test_the_seeds_second_command_parses():
-    settings = config.parse(
-        config.LoRASettings,
+    settings = parse(
+        LoRASettings,
         [
             "--mixed_precision=fp16", "--dataset_name=lambdalabs/naruto-blip-captions",
             "--caption_column=text", "--resolution=768", "--train_batch_size=8",
@@ -375,12 +377,12 @@ def test_the_seeds_second_command_parses():
     assert settings.validation_prompts == ["cute dragon creature"] and settings.rank == 4
     for flag in ("--rank=0", "--lora_alpha=0", "--lora_dropout=1"):
         with pytest.raises(UserError, match=flag.split("=")[0]):
-            config.parse(config.LoRASettings, ["--train_data_dir=x", flag])
+            parse(LoRASettings, ["--train_data_dir=x", flag])
 
 
 def test_metadata_is_not_written(tmp_path):
     """alpha/rank is in B already: metadata besides would have diffusers scale twice."""
-    file = tmp_path / lora.FILE
-    lora.save(make_adapted(4, 8.0), file)
+    file = tmp_path / lora_file.FILE
+    lora_file.save(make_adapted(4, 8.0), file)
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata() == {"format": "pt"}

@@ -7,8 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minwurst import checkpoint, data, diffusion, draws, lora, models
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import lora_file, models
+from minwurst.run import checkpoint
+from minwurst.step import adapter, diffusion, randomness
+from minwurst.step.encoders import encode_text
+from minwurst.step.images import open_image, preprocess
 from tests import tiny
 from tests.conftest import (
     assert_bitwise_equal,
@@ -36,13 +40,13 @@ def weights(folder):
 @torch.no_grad()
 def error(prior, wuerstchen):
     """The mean squared error on all pictures, at times and noise that training did not see."""
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows = tiny.rows()
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")
     tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
-    pixels = torch.stack([data.preprocess(data.open_picture(row), 64) for row in rows])
+    pixels = torch.stack([preprocess(open_image(row), 64) for row in rows])
     latents = diffusion.scale_latents(encoder(pixels))
-    text = models.encode_text(tokenizer, text_encoder, list(rows["text"]))
-    t, noise = torch.linspace(0.05, 1, 56), draws.noise(99, range(56), latents.shape[1:])
+    text = encode_text(tokenizer, text_encoder, list(rows["text"]))
+    t, noise = torch.linspace(0.05, 1, 56), randomness.noise(99, range(56), latents.shape[1:])
     return (prior(diffusion.add_noise(latents, noise, t), t, text) - noise).square().mean().item()
 
 
@@ -57,15 +61,15 @@ def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     assert {name.rsplit(".", 1)[-1] for name in held} == {"lora_A", "lora_B"}
     assert {tensor.dtype for tensor in held.values()} == {torch.float32}
     average = load_file(out / "checkpoint-120" / "ema.safetensors")
-    a, b = lora.read(out)["blocks.2.attention.to_q"]
+    a, b = lora_file.read(out)["blocks.2.attention.to_q"]
     assert torch.equal(a, average["blocks.2.attention.to_q.lora_A"])
     assert relative(b, 2 * average["blocks.2.attention.to_q.lora_B"]) < 1e-6
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "checkpoint-120", lora.FILE, "run.json"
+        ".lock", "checkpoint-120", lora_file.FILE, "run.json"
     ]  # fmt: skip
-    prior = lora.load(models.load_prior(wuerstchen), out)
+    prior = lora_file.load(models.load_prior(wuerstchen), out)
     trained = error(prior, wuerstchen)
-    lora.set_scale(prior, 0)
+    adapter.set_scale(prior, 0)
     assert trained < 0.9 * error(prior, wuerstchen)
 
 
@@ -76,7 +80,7 @@ def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision):
     parts = train_here(wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
     train_here(wuerstchen, parts, **settings, resume_from_checkpoint="latest")
     assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
-    assert (whole / lora.FILE).read_bytes() == (parts / lora.FILE).read_bytes()
+    assert (whole / lora_file.FILE).read_bytes() == (parts / lora_file.FILE).read_bytes()
     ends = saved(whole / "checkpoint-2"), saved(whole / "checkpoint-4")
     name = "weights/blocks.2.attention.to_q.lora_B"
     assert not torch.equal(ends[0][name], ends[1][name])
@@ -92,7 +96,7 @@ def test_any_cut_of_the_batch_is_the_same_run(still_wuerstchen, tmp_path):
     two = torchrun(2, still_wuerstchen, tmp_path / "two", **schedule, **cut)
     # And from two ranks' checkpoint-2, one process goes on along the same stream.
     back = shutil.copytree(two, tmp_path / "back")
-    checkpoint.remove(back / "checkpoint-4")
+    checkpoint.delete(back / "checkpoint-4")
     train_here(still_wuerstchen, back, **schedule, resume_from_checkpoint="latest")
     expected = weights(one / "checkpoint-4")
     for folder in (four, two, back):
@@ -102,7 +106,7 @@ def test_any_cut_of_the_batch_is_the_same_run(still_wuerstchen, tmp_path):
 
 def test_a_single_block_can_be_adapted(wuerstchen, tmp_path):
     out = train_here(wuerstchen, tmp_path, **LORA, lora_targets="blocks.5.attention.to_q")
-    assert list(lora.read(out)) == ["blocks.5.attention.to_q"]
+    assert list(lora_file.read(out)) == ["blocks.5.attention.to_q"]
 
 
 def test_a_resumed_run_needs_its_start_no_more(wuerstchen, tmp_path):
@@ -119,8 +123,8 @@ def test_starting_from_a_file(wuerstchen, tmp_path):
         wuerstchen, tmp_path / "second", **{**LORA, "lora_alpha": 2, "learning_rate": 0.0},
         lora_weights=first, max_train_steps=1,
     )  # fmt: skip
-    for name, (a, b) in lora.read(second).items():
-        before = lora.read(first)[name]
+    for name, (a, b) in lora_file.read(second).items():
+        before = lora_file.read(first)[name]
         assert torch.equal(a, before[0]) and relative(b, before[1]) < 1e-6
 
 
@@ -129,18 +133,18 @@ def test_another_base_or_rank_is_not_resumed(wuerstchen, tmp_path):
     tiny.make_prior(dropout=0.1).save_pretrained(other / "prior")
     out = train_here(wuerstchen, tmp_path / "out", **LORA, max_train_steps=1)
     again = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
-    with pytest.raises(UserError, match="--rank was 4 and is 2 now, so this would be another run"):
+    with pytest.raises(UserError, match="--rank was 4 and is now 2, which would be another run"):
         train_here(wuerstchen, out, **{**LORA, "rank": 2}, **again)
-    with pytest.raises(UserError, match="the prior .* so this would be another run"):
+    with pytest.raises(UserError, match="the prior .* which would be another run"):
         train_here(other, out, **LORA, **again)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"rank": 1000}, "--rank is 1000; blocks.2.attention.to_q takes 1 to 64"),
+        ({"rank": 1000}, "--rank is 1000; blocks.2.attention.to_q allows 1 to 64"),
         ({"lora_targets": "to_w"}, "--lora_targets to_w matches no layer"),
-        ({"lora_weights": "nothing"}, "--lora_weights nothing: there is no such file"),
+        ({"lora_weights": "nothing"}, "--lora_weights nothing: no such file"),
     ],
     ids=["rank", "target", "file"],
 )

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from minwurst import models, pictures, pipelines
+from minwurst import pipelines
+from minwurst.edge import models
+from minwurst.edge.decoders import FullDecoder
 from minwurst.miniature import pretrain
 from tests.conftest import assert_bitwise_equal
 
@@ -48,11 +50,11 @@ class Interrupting:
 
 def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
     """A few steps of each; what is written loads and draws as the published model does."""
-    for place in ("weights", "pictures", "world"):
+    for place in ("weights", "images", "world"):
         monkeypatch.setattr(pretrain, place.upper(), tmp_path / place)
     names = [f"thing number {number}" for number in range(8)]
     monkeypatch.setattr(
-        pretrain, "load_pictures", lambda work: (names[:4], *some_pictures.split(4))
+        pretrain, "load_images", lambda work: (names[:4], *some_pictures.split(4))
     )
     steps = [f"--{part}_steps=2" for part in ("a", "encoder", "b", "prior")]
     monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path / "work"), *steps])
@@ -62,7 +64,7 @@ def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
     latents = pretrain.encode(encoder, some_pictures)
     assert latents.shape == (8, 16, 6, 6)
     assert 20 < latents.std() < 80  # of unit spread once it is scaled
-    decode = pictures.FullDecoder(folder / "decoder", torch.device("cpu"))
+    decode = FullDecoder(folder / "decoder", torch.device("cpu"))
     assert decode(latents[:1] / 42, "", torch.Generator()).size == (256, 256)
     prior, _ = pipelines.load(str(folder), str(folder / "decoder"))
     assert prior("thing", 256, 256, num_inference_steps=2).image_embeddings.shape == (1, 16, 6, 6)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minwurst import models
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.edge import models
+from minwurst.step.encoders import encode_text
+from tests import tiny
 
 
 @pytest.fixture
@@ -24,17 +26,17 @@ def test_parts_load(wuerstchen):
     prior = models.load_prior(wuerstchen)
     tokenizer, text_encoder = models.load_text(models.text_folder(wuerstchen), torch.bfloat16)
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")
-    device = torch.device("cpu")
-    encoders = models.Encoders(wuerstchen, wuerstchen / "image_encoder", torch.bfloat16, device)
-    models.check_fit(prior, encoders)
+    parts = tiny.parts(wuerstchen)
+    encoders = models.make_encoders(parts, torch.bfloat16, torch.device("cpu"))
+    models.check_fit(parts)
     assert prior.dtype == encoder.dtype == torch.float32 and text_encoder.dtype == torch.bfloat16
     assert prior.training is False and not text_encoder.training and not encoder.training
     frozen = [*text_encoder.parameters(), *encoder.parameters()]
     assert not any(weight.requires_grad for weight in frozen)
-    states = models.encode_text(tokenizer, text_encoder, ["a bear", ""])
+    states = encode_text(tokenizer, text_encoder, ["a bear", ""])
     assert states.shape == (2, 77, 32)
-    assert encoders.shapes(96) == ((16, 3, 3), (77, 32))  # known before anything is loaded
-    assert torch.equal(encoders.text(["a bear", ""]), states)
+    assert models.encoded_shapes(parts, 96) == ((16, 3, 3), (77, 32))  # before anything is loaded
+    assert torch.equal(encoders.condition(["a bear", ""])["text"], states)
 
 
 def test_text_is_encoded_as_the_pipeline_does(wuerstchen):
@@ -46,15 +48,15 @@ def test_text_is_encoded_as_the_pipeline_does(wuerstchen):
         tokenizer, text_encoder, models.load_prior(wuerstchen), diffusers.DDPMWuerstchenScheduler()
     )
     expected = pipeline.encode_prompt("cpu", 1, True, ["a bear", "a bell"])
-    found = models.encode_text(tokenizer, text_encoder, ["a bear", "a bell"])
-    nothing = models.encode_text(tokenizer, text_encoder, ["", ""])
+    found = encode_text(tokenizer, text_encoder, ["a bear", "a bell"])
+    nothing = encode_text(tokenizer, text_encoder, ["", ""])
     torch.testing.assert_close(found, expected[0])
     torch.testing.assert_close(nothing, expected[1])
 
 
 def test_long_captions_are_cut(wuerstchen):
     tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
-    assert models.encode_text(tokenizer, text_encoder, ["bear " * 500]).shape == (1, 77, 32)
+    assert encode_text(tokenizer, text_encoder, ["bear " * 500]).shape == (1, 77, 32)
 
 
 def test_prior_at_the_root(wuerstchen, tmp_path):
@@ -64,7 +66,7 @@ def test_prior_at_the_root(wuerstchen, tmp_path):
     assert all(
         torch.equal(t, expected[name]) for name, t in models.load_prior(alone).state_dict().items()
     )
-    with pytest.raises(UserError, match="warp-ai/wuerstchen-prior.*not to be had from the Hub"):
+    with pytest.raises(UserError, match="warp-ai/wuerstchen-prior.*not available from the Hub"):
         models.text_folder(alone)  # there is no Hub here
 
 
@@ -79,12 +81,12 @@ def test_prior_at_the_root(wuerstchen, tmp_path):
 )
 def test_missing_part_is_named(copy, part, missing):
     shutil.rmtree(copy / part)
-    with pytest.raises(UserError, match=f"is no whole Würstchen: {missing}.* is missing"):
+    with pytest.raises(UserError, match=f"is not a complete model folder: {missing}.* is missing"):
         models.check_parts(copy, models.text_folder(copy), copy / "image_encoder")
 
 
 def test_a_folder_that_is_something_else(tmp_path):
-    with pytest.raises(UserError, match="is no whole Würstchen: prior/config.json is missing"):
+    with pytest.raises(UserError, match="is not a complete model folder: prior/config.json"):
         models.check_parts(tmp_path, tmp_path, tmp_path)
 
 
@@ -141,19 +143,17 @@ def test_parts_that_do_not_fit(wuerstchen, copy):
     file = copy / "text_encoder" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "hidden_size": config["hidden_size"] + 4}))
-    device = torch.device("cpu")
-    encoders = models.Encoders(copy, wuerstchen / "image_encoder", torch.float32, device)
-    with pytest.raises(UserError, match="The text encoder is 36 wide, but the prior expects 32"):
-        models.check_fit(models.load_prior(wuerstchen), encoders)
+    with pytest.raises(UserError, match="The text encoder has width 36, but the prior expects 32"):
+        models.check_fit(tiny.parts(copy))
 
 
 def test_names_that_lead_nowhere():
     for name in ("/not/there", "./not/there", "not_there"):
         with pytest.raises(
-            UserError, match=f"--image_encoder_name_or_path {name}: there is no such"
+            UserError, match=f"--image_encoder_name_or_path {name}: no such"
         ):
             models.locate("image_encoder_name_or_path", name)
     with pytest.raises(
-        UserError, match="--image_encoder_name_or_path some/repo: .*Hub.*Name a local"
+        UserError, match="--image_encoder_name_or_path some/repo: .*Hub.*Give a local"
     ):
         models.locate("image_encoder_name_or_path", "some/repo")

@@ -6,8 +6,8 @@ import diffusers
 import pytest
 import torch
 
-from minwurst import cost
-from minwurst.prior import WuerstchenPrior, embed_timestep
+from minwurst.run import estimate
+from minwurst.step.prior import PUBLISHED, WuerstchenPrior, embed_timestep
 from tests import tiny
 from tests.conftest import relative
 
@@ -19,7 +19,7 @@ Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].Wuerstchen
 def pair():
     """(ours, diffusers') at the published width, three blocks a kind, same weights, head shrunk."""
     torch.manual_seed(0)
-    config = {**cost.PUBLISHED, "depth": 2, "dropout": 0.0}
+    config = {**PUBLISHED, "depth": 2, "dropout": 0.0}
     reference = Reference(**config)
     with torch.no_grad():
         reference.out[1].weight.mul_(0.1), reference.out[1].bias.mul_(0.1)
@@ -72,7 +72,7 @@ def test_the_picture_stays_channels_last():
 
 def test_published_size():
     with torch.device("meta"):
-        weights = WuerstchenPrior(**cost.PUBLISHED).state_dict()
+        weights = WuerstchenPrior(**PUBLISHED).state_dict()
     assert sum(weight.numel() for weight in weights.values()) == 993_636_896
     assert len(weights) == 648
 
@@ -111,9 +111,9 @@ def test_recomputing_changes_nothing(precision):
 
 
 def test_recomputing_keeps_less():
-    config = {**cost.PUBLISHED, "depth": 32}
+    config = {**PUBLISHED, "depth": 32}
     kept = {
-        recompute: cost.activations(
+        recompute: estimate.activations(
             config, batch=1, cells=24, compute_type=torch.float32, gradient_checkpointing=recompute
         )
         for recompute in (False, True)

@@ -11,8 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from minwurst import checkpoint, config, draws, lora
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.base.settings import LoRASettings, parse
+from minwurst.edge import lora_file
+from minwurst.run import checkpoint
+from minwurst.step import randomness
+from minwurst.step.samples import BatchLayout
 
 few = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -26,21 +30,21 @@ def test_each_sample_comes_once_an_epoch(rows, batch, accumulation, world, seed,
     """From any step on, any number of ranks takes the stream without a gap or an overlap; so each
     whole epoch in it has each row once.
     """
-    cut = {"batch": batch, "accumulation": accumulation, "world": world}
-    size = batch * accumulation * world
+    layout = BatchLayout(batch, accumulation, world)
+    size = layout.global_batch
     count = -(-2 * rows // size) + 1
     taken = [
         position
         for step in range(offset + 1, offset + count + 1)
         for rank in range(world)
-        for piece in draws.micro_batches(step, rank, **cut)
+        for piece in layout.positions(step, rank)
         for position in piece
     ]
     start = offset * size
     assert sorted(taken) == list(range(start, start + count * size))
     epoch = -(-start // rows)
     places = range(epoch * rows, (epoch + 1) * rows)
-    assert sorted(draws.row_at(seed, place, rows) for place in places) == list(range(rows))
+    assert sorted(randomness.row_at(seed, place, rows) for place in places) == list(range(rows))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ options = st.fixed_dictionaries(
 
 def read_or_user_error(file):
     with contextlib.suppress(UserError):
-        for a, b in lora.read(file).values():
+        for a, b in lora_file.read(file).values():
             assert a.dtype == b.dtype == torch.float32 and len(a) == b.shape[1]
 
 
@@ -109,9 +113,9 @@ def test_a_lora_file_is_read_or_refused(tmp_path, tensors, good, stored, beside)
     if good:  # a whole pair, so that the settings come to be used
         made = {f"{good}b.a.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
     metadata = None if beside else {"lora_adapter_metadata": json.dumps(stored)}
-    (tmp_path / lora.FILE).write_bytes(save(made, metadata))
+    (tmp_path / lora_file.FILE).write_bytes(save(made, metadata))
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
-    read_or_user_error(tmp_path / lora.FILE)
+    read_or_user_error(tmp_path / lora_file.FILE)
 
 
 @few
@@ -120,17 +124,17 @@ def test_bytes_are_no_lora_file(tmp_path, noise, place, whole):
     """Noise, alone or written over a good file; and noise as settings."""
     good = {f"prior.a.lora_{factor}.weight": torch.zeros(2, 2) for factor in "AB"}
     content = save(good)
-    (tmp_path / lora.FILE).write_bytes(
+    (tmp_path / lora_file.FILE).write_bytes(
         noise if whole else content[:place] + noise + content[place + len(noise) :]
     )
-    read_or_user_error(tmp_path / lora.FILE)
+    read_or_user_error(tmp_path / lora_file.FILE)
     peft = {f"base_model.model.{key.removeprefix('prior.')}": good[key] for key in good}
     (tmp_path / "adapter_model.safetensors").write_bytes(save(peft))
     (tmp_path / "adapter_config.json").write_bytes(noise)
     read_or_user_error(tmp_path / "adapter_model.safetensors")
 
 
-FLAGS = [f"--{name}" for name in vars(config.LoRASettings())]
+FLAGS = [f"--{name}" for name in vars(LoRASettings())]
 values = st.one_of(
     st.integers().map(str), st.floats().map(str), st.text(max_size=8),
     st.sampled_from(["", "nan", "inf", "-1", "1e999", "none", "\ud800", "--", "-h"]),
@@ -146,4 +150,4 @@ def test_a_command_line_is_taken_or_refused(words):
         line += [f"{flag}={value}"] if joined else [flag, value]
     quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
     with contextlib.suppress(UserError, SystemExit), quiet[0], quiet[1]:
-        config.parse(config.LoRASettings, ["--train_data_dir=x", *line]).check()
+        parse(LoRASettings, ["--train_data_dir=x", *line]).check()

@@ -6,8 +6,9 @@ import sys
 
 import torch
 
-from minwurst import cost
-from minwurst.config import LoRASettings, parse
+from minwurst.base.settings import LoRASettings, parse
+from minwurst.edge import export
+from minwurst.run import estimate
 from minwurst.sample import SampleSettings
 from tests.conftest import ROOT, command
 
@@ -33,7 +34,7 @@ def test_the_loop_is_as_long_as_it_says():
 
 
 def test_the_memory_table_is_what_its_command_prints(capsys):
-    cost.main()
+    estimate.main()
     printed = capsys.readouterr().out
     assert printed in README
 
@@ -52,9 +53,9 @@ def test_its_commands_parse():
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):
     """The Python block as it stands, on a small exported folder, its text encoder in half."""
-    from minwurst import hub, models
+    from minwurst import models
 
-    hub.export_prior(tmp_path / "prior_pipeline", models.load_prior(wuerstchen), wuerstchen)
+    export.save_pipeline(tmp_path / "prior_pipeline", models.load_prior(wuerstchen), wuerstchen)
     text_encoder = models.load_text(wuerstchen, torch.float16)[1]
     text_encoder.save_pretrained(tmp_path / "prior_pipeline" / "text_encoder")
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from minwurst import checkpoint
+from minwurst.run import checkpoint
 from tests.conftest import ROOT, assert_bitwise_equal, flags, start
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
@@ -40,7 +40,7 @@ CASES = {
     "Ctrl-C": ([["step", 3, INT]], 130, [3], "SIGINT: saved and stopped"),
     "twice SIGTERM": ([["step", 3, TERM, TERM]], 143, [3], "SIGTERM: saved and stopped"),
     "both": ([["step", 3, INT, USR1, TERM]], 143, [3], "SIGTERM: saved and stopped"),
-    "twice Ctrl-C": ([["step", 3, INT], ["step", 4, INT], ["save", 1, INT]], -2, [], "Once more"),
+    "twice Ctrl-C": ([["step", 3, INT], ["step", 4, INT], ["save", 1, INT]], -2, [], "Again to"),
     "SIGUSR1": ([["step", 3, USR1]], 0, [3, 6], "done: "),
     "in the last step": ([["step", 6, TERM]], 143, [6], "SIGTERM: saved and stopped"),
     "while loading": ([["load", 1, TERM]], -15, [], "No GPU here"),
@@ -148,7 +148,7 @@ def test_a_rank_that_dies_is_started_again(launched, warm, wuerstchen, few, tmp_
     wait_for((out / "checkpoint-10").exists, agent)
     os.kill(a_rank(agent), signal.SIGKILL)
     printed, _ = agent.communicate(timeout=120)
-    assert agent.returncode == 0 and "going on from" in printed, printed
+    assert agent.returncode == 0 and "resuming from" in printed, printed
     assert_bitwise_equal(tmp_path / "whole" / "checkpoint-60", out / "checkpoint-60")
 
 

@@ -12,8 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from minwurst import checkpoint, config, data, diffusion, draws, models
-from minwurst.config import UserError
+from minwurst.base.errors import UserError
+from minwurst.base.settings import Settings, parse
+from minwurst.edge import models
+from minwurst.run import checkpoint
+from minwurst.step import diffusion, randomness
+from minwurst.step.images import open_image, preprocess
+from minwurst.step.samples import Samples
 from tests import tiny
 from tests.conftest import (
     assert_bitwise_equal,
@@ -77,7 +82,7 @@ def test_equals_a_plain_loop(still_wuerstchen, tmp_path, objective):
         train_batch_size=2, **objective,
     )  # fmt: skip
 
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows = tiny.rows()
     encoder = models.load_image_encoder(still_wuerstchen / "image_encoder")
     tokenizer, text_encoder = models.load_text(still_wuerstchen, torch.float32)
     prior = Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False).train()
@@ -86,18 +91,19 @@ def test_equals_a_plain_loop(still_wuerstchen, tmp_path, objective):
     scheduler = diffusers.DDPMWuerstchenScheduler()
     for step in range(4):
         positions = range(4 * step, 4 * step + 4)
-        samples = [rows[draws.row_at(7, position, len(rows))] for position in positions]
+        samples = [rows[randomness.row_at(7, position, len(rows))] for position in positions]
         share = objective.get("caption_dropout", 0.0)
         captions = [
-            draws.caption(7, position, [row["text"]], share)
+            randomness.caption(7, position, [row["text"]], share)
             for position, row in zip(positions, samples, strict=True)
         ]
-        pixels = torch.stack([data.preprocess(data.open_picture(row), 64) for row in samples])
+        pixels = torch.stack([preprocess(open_image(row), 64) for row in samples])
         tokens = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt")
         with torch.no_grad():
             text = text_encoder(**tokens).last_hidden_state
             latents = encoder(pixels).add(1.0).div(42.0)
-        t, noise = draws.uniform(7, positions), draws.noise(7, positions, latents.shape[1:])
+        t = randomness.uniform(7, positions)
+        noise = randomness.noise(7, positions, latents.shape[1:])
         weight = torch.ones(4)
         if objective:
             t = ((1 - t) * 1.08 + 0.001).clamp(0.001, 1.0)
@@ -150,7 +156,7 @@ def test_resumed_run_is_the_same_run_on_ranks(
     warm, wuerstchen, few, tmp_path, script, ranks, precision
 ):
     """The same on ranks, and with lists of captions to draw from."""
-    rows = data.open_rows(str(few), None, None, "image", "text")
+    rows = tiny.rows(dataset_name=str(few))
     captions = [[text, f"another {text}"] for text in rows["text"]]
     rows.remove_columns("text").add_column("text", captions).save_to_disk(tmp_path / "lists")
     settings = {
@@ -223,7 +229,7 @@ def test_two_ranks_equal_one_and_a_resumed_run_may_change_ranks(
     )
     assert_same_run(two, one_process)
     # From its checkpoint-2, one process with the same global batch goes on along the same stream.
-    checkpoint.remove(two / "checkpoint-4")
+    checkpoint.delete(two / "checkpoint-4")
     train_here(still_wuerstchen, two, **CUT, checkpointing_steps=2, resume_from_checkpoint="latest")
     assert_same_run(two, one_process)
 
@@ -298,8 +304,8 @@ def test_a_bad_loss_stops_before_it_is_saved(wuerstchen, tmp_path, monkeypatch):
         return add_noise(latents, noise, t) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(diffusion, "add_noise", poisoned)
-    rows = [draws.row_at(7, position, 56) for position in range(12, 16)]
-    said = f"Step 4: the loss is not finite on rank 0, rows {rows}. It changed no weight."
+    rows = [randomness.row_at(7, position, 56) for position in range(12, 16)]
+    said = f"Step 4: the loss is not finite on rank 0, rows {rows}. No weight was changed."
     with pytest.raises(UserError, match=re.escape(said)):
         train_here(wuerstchen, tmp_path, max_train_steps=6, checkpointing_steps=1)
     assert [path.name for path in checkpoint.list_all(tmp_path)] == [
@@ -317,7 +323,7 @@ def test_going_back_leaves_the_later_branch_aside(wuerstchen, tmp_path, capsys):
     assert [path.name for path in checkpoint.list_all(out)] == ["checkpoint-1", "checkpoint-2"]
     (aside,) = out.glob("checkpoint-3.left-*")
     assert all(torch.equal(left[name], tensor) for name, tensor in saved(aside).items())
-    assert "checkpoint-3 lies beyond step 1" in capsys.readouterr().out
+    assert "checkpoint-3 is after step 1" in capsys.readouterr().out
 
 
 def test_checkpoints_rotate(wuerstchen, tmp_path):
@@ -340,7 +346,7 @@ def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
 
     settings = {"report_to": "tensorboard", "logging_steps": 2, "checkpointing_steps": 2}
     train_here(wuerstchen, tmp_path, **settings, max_train_steps=6)
-    checkpoint.remove(tmp_path / "checkpoint-6")
+    checkpoint.delete(tmp_path / "checkpoint-6")
     train_here(wuerstchen, tmp_path, **settings, max_train_steps=8, resume_from_checkpoint="latest")
     log = EventAccumulator(str(tmp_path / "logs"))
     log.Reload()
@@ -409,10 +415,10 @@ def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
             {"resume_from_checkpoint": "checkpoint-8"},
             "--resume_from_checkpoint checkpoint-8: there is no",
         ),
-        ({"output_dir": "/dev/null/out"}, "--output_dir /dev/null/out can't be written"),
+        ({"output_dir": "/dev/null/out"}, "--output_dir /dev/null/out is not writable"),
         (
-            {"pretrained_prior_model_name_or_path": tiny.PICTURES},
-            "is no whole Würstchen: prior/config.json",
+            {"pretrained_prior_model_name_or_path": tiny.IMAGES},
+            "is not a complete model folder: prior/config.json",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -453,7 +459,7 @@ def test_the_seeds_command_says_what_is_missing(tmp_path):
 
 def test_a_folder_with_checkpoints_is_refused(wuerstchen, tmp_path):
     train_here(wuerstchen, tmp_path, max_train_steps=1)
-    with pytest.raises(UserError, match="already holds checkpoint-1"):
+    with pytest.raises(UserError, match="already contains checkpoint-1"):
         train_here(wuerstchen, tmp_path, max_train_steps=1)
 
 
@@ -470,7 +476,7 @@ def test_a_folder_with_checkpoints_is_refused(wuerstchen, tmp_path):
 )
 def test_another_run_is_not_resumed(wuerstchen, tmp_path, changed):
     train_here(wuerstchen, tmp_path, max_train_steps=1)
-    with pytest.raises(UserError, match="so this would be another run"):
+    with pytest.raises(UserError, match="which would be another run"):
         train_here(wuerstchen, tmp_path, resume_from_checkpoint="latest", **changed)
 
 
@@ -480,16 +486,16 @@ def test_moved_models_are_the_same_run_and_other_encoders_are_not(wuerstchen, tm
     train_here(moved, out, max_train_steps=2, resume_from_checkpoint="latest")
     config_file = moved / "image_encoder" / "config.json"
     config_file.write_text(config_file.read_text() + " ")
-    with pytest.raises(UserError, match="the encoders' files .* so this would be another run"):
+    with pytest.raises(UserError, match="the encoders' files .* which would be another run"):
         train_here(moved, out, resume_from_checkpoint="latest")
 
 
 def test_other_data_is_not_resumed(wuerstchen, tmp_path):
     train_here(wuerstchen, tmp_path / "out", max_train_steps=1)
-    rows = data.open_rows(None, None, str(tiny.PICTURES), "image", "text")
+    rows = tiny.rows()
     rows.select(range(50)).save_to_disk(tmp_path / "fewer")
     other = {"train_data_dir": None, "dataset_name": tmp_path / "fewer"}
-    with pytest.raises(UserError, match="data's content .* so this would be another run"):
+    with pytest.raises(UserError, match="data's content .* which would be another run"):
         train_here(wuerstchen, tmp_path / "out", resume_from_checkpoint="latest", **other)
 
 
@@ -499,18 +505,18 @@ def test_changed_learning_rate_is_said_and_taken(wuerstchen, tmp_path, capsys):
         wuerstchen, tmp_path, resume_from_checkpoint="latest", learning_rate=5e-4, logging_steps=1
     )
     printed = capsys.readouterr().out
-    assert "changed since then: learning_rate 0.001 → 0.0005" in printed
+    assert "changed since the checkpoint: learning_rate 0.001 → 0.0005" in printed
     assert "lr 5.00e-04" in printed
 
 
 def test_every_sample_once_an_epoch(wuerstchen, tmp_path, monkeypatch):
     """Counted where they are read: 56 rows, 5 a step, 2 epochs and a bit."""
     seen = []
-    take = data.Pairs.__getitem__
+    take = Samples.__getitem__
     monkeypatch.setattr(
-        data.Pairs,
+        Samples,
         "__getitem__",
-        lambda self, p: seen.append(draws.row_at(7, p, 56)) or take(self, p),
+        lambda self, p: seen.append(randomness.row_at(7, p, 56)) or take(self, p),
     )
     train_here(wuerstchen, tmp_path, train_batch_size=5, max_train_steps=23)
     assert len(seen) == 115
@@ -519,4 +525,4 @@ def test_every_sample_once_an_epoch(wuerstchen, tmp_path, monkeypatch):
 
 def test_main_is_what_the_command_runs():
     assert Path(train.__file__).name == "train.py"
-    assert config.parse(config.Settings, ["--train_data_dir=x"]).train_batch_size == 1
+    assert parse(Settings, ["--train_data_dir=x"]).train_batch_size == 1

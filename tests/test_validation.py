@@ -9,8 +9,15 @@ import torch
 from PIL import Image
 
 import train
-from minwurst import config, data, diffusion, draws, models, pictures, pipelines, sample, validation
-from minwurst.config import UserError
+from minwurst import sample
+from minwurst.base.errors import UserError
+from minwurst.base.settings import Settings, parse
+from minwurst.edge import dataset, diffusers_pipelines, grids, models
+from minwurst.run import validation
+from minwurst.step import diffusion, randomness
+from minwurst.step.encoders import encode_text
+from minwurst.step.samples import Samples, collate
+from tests import tiny
 from tests.conftest import assert_bitwise_equal, command, flags, relative, torchrun, train_here
 
 PROMPTS = ["a bear", "honey pot"]
@@ -18,14 +25,14 @@ PROMPTS = ["a bear", "honey pot"]
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What Draw was given to show: a list of (step, [latents of each prompt])."""
-    seen, show = [], validation.Draw.show
+    """What GenerateImages was given to show: a list of (step, [latents of each prompt])."""
+    seen, show = [], validation.GenerateImages.show
 
     def keep(self, step, latents):
         seen.append((step, latents))
         show(self, step, latents)
 
-    monkeypatch.setattr(validation.Draw, "show", keep)
+    monkeypatch.setattr(validation.GenerateImages, "show", keep)
     return seen
 
 
@@ -73,10 +80,11 @@ def test_it_draws_with_the_exported_weights(wuerstchen, tmp_path, shown):
     looks = looking(wuerstchen, ema_decay=0.5, validation_steps=3, resolution=128)
     train_here(wuerstchen, tmp_path, **looks)
     assert [step for step, _ in shown] == [0, 3, 4]
-    pipeline = pipelines.prior_pipeline(tmp_path / "prior_pipeline", wuerstchen, torch.float32)
-    text = models.encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a bear", ""])
-    noise = draws.sampling_noise(7, draws.picture("a bear", 0), (16, 3, 3))  # 4 cells: 3 is nearest
-    expected = diffusion.sample(pipeline.prior, text[:1], text[1:], noise)
+    pipeline = diffusers_pipelines.prior_pipeline(tmp_path / "prior_pipeline", wuerstchen)
+    text = encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a bear", ""])
+    # It trains on 4×4 latents; 3×3 is the nearest size that can be decoded.
+    noise = randomness.sampling_noise(7, randomness.image_key("a bear", 0), (16, 3, 3))
+    expected = diffusion.sample(lambda x, t, c: pipeline.prior(x, t, c), {"c": text}, noise)
     assert relative(shown[-1][1][0], expected) < 1e-5
     assert relative(shown[0][1][0], expected) > 1e-3
 
@@ -85,23 +93,24 @@ def test_a_picture_does_not_depend_on_the_others(wuerstchen, tmp_path, shown):
     alone = looking(wuerstchen, max_train_steps=1, validation_prompts="honey pot")
     train_here(wuerstchen, tmp_path / "one", **alone)
     words = flags(wuerstchen, tmp_path / "two", **{**alone, "validation_prompts": None})
-    train.main(config.parse(config.Settings, [*words, "--validation_prompts", *PROMPTS]))
+    train.main(parse(Settings, [*words, "--validation_prompts", *PROMPTS]))
     assert torch.equal(shown[0][1][0], shown[2][1][1])
     assert not torch.equal(shown[2][1][0], shown[2][1][1])
 
 
 def test_sampling_draws_the_same_picture(wuerstchen, tmp_path, monkeypatch):
     """`minwurst.sample` with a run's seed gives what validation gave at the end."""
-    drawn, grid = [], pictures.grid
+    drawn, grid = [], grids.grid
 
     def keep(found, *words, **more):
         drawn.append(found)
         return grid(found, *words, **more)
 
-    monkeypatch.setattr(pictures, "grid", keep)
+    for module in (validation, sample):
+        monkeypatch.setattr(module, "grid", keep)
     train_here(wuerstchen, tmp_path / "run", **looking(wuerstchen, max_train_steps=2))
     words = ["--prompt=a bear", f"--prior={tmp_path / 'run'}", "--seed=7"]
-    sample.main(config.parse(sample.SampleSettings, [*words, f"--output={tmp_path / 'x.png'}"]))
+    sample.main(parse(sample.SampleSettings, [*words, f"--output={tmp_path / 'x.png'}"]))
     with Image.open(tmp_path / "x.png") as found:
         assert found.tobytes() == drawn[-1][0].tobytes()
         assert '"prompt": "a bear"' in found.text["minwurst"]
@@ -148,22 +157,22 @@ def test_held_out_loss_is_the_plain_error_at_fixed_times(still_wuerstchen, tmp_p
     (before, after) = held_out_losses(capsys.readouterr().out).values()
     assert before != after
 
-    rows = data.open_rows(None, None, "tests/pictures", "image", "text")
-    held_out = data.hold_out(rows, 0.2, seed=7)[1]
+    rows = tiny.rows(train_data_dir="tests/pictures")
+    held_out = dataset.hold_out(rows, 0.2, seed=7)[1]
     prior = models.load_prior(still_wuerstchen)
     tokenizer, text_encoder = models.load_text(still_wuerstchen, torch.float32)
     encoder = models.load_image_encoder(still_wuerstchen / "image_encoder")
-    seed = draws.held_out_seed(7)
-    pairs = data.Pairs(held_out, 64, seed)
+    seed = randomness.held_out_seed(7)
+    pairs = Samples(held_out, 64, seed)
     found = torch.zeros(4)
     with torch.no_grad():
         for position in range(len(held_out)):
-            sample_ = data.collate([pairs[position]])
+            sample_ = collate([pairs[position]])
             latents = diffusion.scale_latents(encoder(sample_["pixels"]))
-            text = models.encode_text(tokenizer, text_encoder, sample_["captions"])
-            noise = draws.noise(seed, [position], latents.shape[1:])
+            text = encode_text(tokenizer, text_encoder, sample_["captions"])
+            noise = randomness.noise(seed, [position], latents.shape[1:])
             for quarter in range(4):
-                t = (quarter + draws.uniform(seed, [position])) / 4
+                t = (quarter + randomness.uniform(seed, [position])) / 4
                 noisy = diffusion.add_noise(latents, noise, t)
                 found[quarter] += (prior(noisy, t, text) - noise).square().mean()
     found = (found / len(held_out)).tolist()
@@ -181,14 +190,14 @@ def test_held_out_loss_is_the_same_on_two_ranks(still_wuerstchen, tmp_path, caps
 
 
 def test_held_out_rows_are_not_trained_on(wuerstchen, tmp_path, monkeypatch):
-    taken, item = [], data.Pairs.__getitem__
+    taken, item = [], Samples.__getitem__
 
     def keep(self, position):
-        row = self.rows[draws.row_at(self.seed, position, len(self.rows))]
+        row = self.rows[randomness.row_at(self.seed, position, len(self.rows))]
         taken.append((self.seed == 7, row["number"]))
         return item(self, position)
 
-    monkeypatch.setattr(data.Pairs, "__getitem__", keep)
+    monkeypatch.setattr(Samples, "__getitem__", keep)
     train_here(wuerstchen, tmp_path, validation_split=0.25, train_batch_size=6, max_train_steps=7)
     trained = {number for training, number in taken if training}
     measured = {number for training, number in taken if not training}
@@ -197,23 +206,23 @@ def test_held_out_rows_are_not_trained_on(wuerstchen, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.01, 1), (0.5, 28), (0.98, 55)])
 def test_hold_out(share, count):
-    rows = data.open_rows(None, None, "tests/pictures", "image", "text")
-    kept, held_out = data.hold_out(rows, share, seed=3)
+    rows = tiny.rows(train_data_dir="tests/pictures")
+    kept, held_out = dataset.hold_out(rows, share, seed=3)
     assert len(held_out) == count
     assert sorted([*kept["number"], *held_out["number"]]) == list(range(56))
     if count == 28:
-        assert held_out["number"] != data.hold_out(rows, share, seed=4)[1]["number"]
+        assert held_out["number"] != dataset.hold_out(rows, share, seed=4)[1]["number"]
 
 
 def test_a_split_that_leaves_nothing():
-    rows = data.open_rows(None, None, "tests/pictures", "image", "text")
+    rows = tiny.rows(train_data_dir="tests/pictures")
     with pytest.raises(UserError, match="--validation_split 0.99 of 56 rows leaves none"):
-        data.hold_out(rows, 0.99, seed=3)
+        dataset.hold_out(rows, 0.99, seed=3)
 
 
 def test_another_split_is_another_run(wuerstchen, tmp_path):
     train_here(wuerstchen, tmp_path, max_train_steps=1, validation_split=0.1)
-    with pytest.raises(UserError, match="--validation_split was 0.1 and is 0.2 now"):
+    with pytest.raises(UserError, match="--validation_split was 0.1 and is now 0.2"):
         train_here(wuerstchen, tmp_path, validation_split=0.2, resume_from_checkpoint="latest")
 
 
@@ -221,7 +230,7 @@ def test_it_says_which_cells_and_which_prompts_are_cut(wuerstchen, tmp_path, cap
     looks = looking(wuerstchen, max_train_steps=1, validation_prompts="bear " * 100)
     train_here(wuerstchen, tmp_path, resolution=128, **looks)
     printed = capsys.readouterr().out
-    assert "4×4 cells, which the decoder can't take: pictures are drawn at 3×3" in printed
+    assert "4×4 latents, which can't be decoded: images are generated at 3×3" in printed
     assert re.search(r"The prompt “bear bear.*…” has \d{3} tokens; only 77 are read", printed)
 
 
@@ -231,7 +240,7 @@ def test_a_decoder_that_lacks_a_part(wuerstchen, tmp_path, part):
     gone = tmp_path / "decoder" / part
     shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
     looks = looking(wuerstchen, pretrained_decoder_model_name_or_path=tmp_path / "decoder")
-    with pytest.raises(UserError, match=f"no whole Würstchen decoder: {part}.* is missing"):
+    with pytest.raises(UserError, match=f"not a complete decoder folder: {part}.* is missing"):
         train_here(wuerstchen, tmp_path / "out", **looks)
 
 

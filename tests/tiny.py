@@ -1,12 +1,12 @@
-"""Make a small random Würstchen in the Hub's layout, to run the trainer and its tests on.
+"""A small random Würstchen in the Hub's layout, to run the trainer and its tests on.
 
     python -m tests.tiny runs/tiny
 
-The folder holds prior/, text_encoder/, tokenizer/, scheduler/, image_encoder/ and a folder
-decoder/ with Stages B and A and their own text encoder: the classes and files of the published
-model with a ten-thousandth of its numbers, none of them trained. What comes
-out of training it is no picture; that the loss falls shows that all parts of the trainer work
-together.
+The folder has prior/, text_encoder/, tokenizer/, scheduler/, image_encoder/ and decoder/ (Stages B
+and A with their own text encoder): the published model's classes and files with a ten-thousandth of
+its parameters, none of them trained. It generates no recognisable images, but its image encoder's
+latents are scaled like the published one's, so what it can learn of images and captions shows in
+the loss.
 """
 
 import sys
@@ -15,20 +15,38 @@ from pathlib import Path
 import diffusers
 import torch
 
-from minwurst import data, pipelines
-from minwurst.effnet import EfficientNetEncoder
-from minwurst.miniature.pretrain import make_text_encoder, make_tokenizer
-from minwurst.prior import WuerstchenPrior
+from minwurst.base.settings import Settings
+from minwurst.edge import dataset, diffusers_pipelines, models
+from minwurst.miniature.text import make_text_encoder, make_tokenizer
+from minwurst.step.image_encoder import EfficientNetEncoder
+from minwurst.step.images import open_image, preprocess
+from minwurst.step.prior import WuerstchenPrior
 
-PICTURES = Path(__file__).parent / "pictures"
+IMAGES = Path(__file__).parent / "pictures"
 STAGES = [
     ["fused", 1, 3, 1, 8, 1], ["fused", 4, 3, 2, 12, 1], ["fused", 4, 3, 2, 16, 1],
     ["mbconv", 4, 3, 2, 24, 1], ["mbconv", 6, 3, 1, 32, 2], ["mbconv", 6, 3, 2, 48, 1],
 ]  # fmt: skip
 
 
+def rows(**settings):
+    """The rows of a data set; by default those of the tests' own images.
+
+    settings: train_data_dir or dataset_name, and others of Settings.
+    """
+    given = settings or {"train_data_dir": IMAGES}
+    return dataset.find(Settings(**{name: str(value) for name, value in given.items()}))
+
+
+def parts(folder):
+    """The parts of what `make` wrote."""
+    folder = Path(folder)
+    image_encoder, decoder = folder / "image_encoder", folder / "decoder"
+    return models.Parts(folder / "prior", folder, image_encoder, decoder, prior_alone=False)
+
+
 def make_prior(**config):
-    """A small prior whose head starts near "the noise is the input", as fresh weights need it."""
+    """A small prior whose head starts near "the noise is the input", so that it can be trained."""
     small = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4}
     prior = WuerstchenPrior(**{**small, **config})
     with torch.no_grad():
@@ -37,32 +55,32 @@ def make_prior(**config):
 
 
 def make_image_encoder(rows):
-    """A small encoder whose batch norms have seen the pictures: its latents have unit spread."""
+    """A small encoder whose batch norms have seen the images: its latents have unit variance."""
     encoder = EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain mean over all batches
-    pixels = torch.stack([data.preprocess(data.open_picture(row), 96) for row in rows])
+    pixels = torch.stack([preprocess(open_image(row), 96) for row in rows])
     with torch.no_grad():
         encoder.train()(pixels)
     return encoder.eval()
 
 
 def make_decoder(folder, tokenizer):
-    """Write Stages B and A, which turn 3×3 cells into 128 pixels, as the Hub's decoder lies."""
+    """Write Stages B and A, which turn 3×3 latents into 128×128 pixels, in the Hub's layout."""
     kind = diffusers.WuerstchenDecoderPipeline
-    decoder = pipelines.class_beside(kind, "WuerstchenDiffNeXt")(
+    decoder = diffusers_pipelines.class_beside(kind, "WuerstchenDiffNeXt")(
         c_in=4, c_out=4, c_r=16, patch_size=2, c_cond=32, c_hidden=[16, 16, 16, 16],
         nhead=[-1, 2, 2, 2], blocks=[1, 1, 1, 1], effnet_embd=16, clip_embd=16,
     )  # fmt: skip
-    # Fresh weights answer to no latents. These do, and the divisor b is near 1, so that sampling
-    # does not run off to black and white.
+    # Default initialisation ignores the latents. These weights do not, and their divisor b is near
+    # 1, so that sampling does not diverge to black and white.
     for name, weight in decoder.named_parameters():
         if name.endswith("channelwise.4.weight") or name.startswith(("effnet_mappers", "clf")):
             torch.nn.init.normal_(weight, std=0.3)
     with torch.no_grad():
         decoder.clf[1].weight[16:].zero_(), decoder.clf[1].bias[16:].fill_(6.0)
-    vqgan = pipelines.class_beside(kind, "PaellaVQModel")(
+    vqgan = diffusers_pipelines.class_beside(kind, "PaellaVQModel")(
         bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8
     )
     torch.nn.init.normal_(vqgan.out_block[0].weight, std=0.2)
@@ -75,18 +93,18 @@ def make_decoder(folder, tokenizer):
     return folder
 
 
-def make(folder, seed=0, pictures=PICTURES, **prior_config):
-    """Write the whole Würstchen and return its folder."""
+def make(folder, seed=0, **prior_config):
+    """Write all parts and return the folder."""
     torch.manual_seed(seed)
     folder = Path(folder)
-    rows = data.open_rows(None, None, str(pictures), "image", "text")
-    tokenizer = make_tokenizer(rows["text"], size=700, length=77)
+    images = rows()
+    tokenizer = make_tokenizer(images["text"], size=700, length=77)
     text_encoder = make_text_encoder(tokenizer, 32, layers=2, heads=4)
     make_prior(**prior_config).save_pretrained(folder / "prior")
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.save_pretrained(folder / "text_encoder")
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
-    make_image_encoder(rows).save_pretrained(folder / "image_encoder")
+    make_image_encoder(images).save_pretrained(folder / "image_encoder")
     make_decoder(folder / "decoder", tokenizer)
     return folder
 

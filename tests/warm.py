@@ -163,10 +163,10 @@ class Operations:
 
     def __init__(self, kill_at):
         self.kill_at, self.count, self.depth = kill_at, 0, 0
-        self.watch(checkpoint, "save"), self.watch(train, "write_run"), self.watch(lora, "save")
-        self.watch(hub, "export_prior")
+        self.watch(checkpoint, "save"), self.watch(run_file, "write")
+        self.watch(lora_file, "save"), self.watch(export, "save_pipeline")
         self.wrap(os, "fsync"), self.wrap_writing(checkpoint, "save_file")
-        self.wrap_writing(lora, "save_file")
+        self.wrap_writing(lora_file, "save_file")
         sys.addaudithook(self.heard)
 
     def heard(self, event, arguments):
@@ -229,25 +229,27 @@ if __name__ == "__main__":
     import torch
     from PIL import Image
 
-    import lora as lora_script
+    import lora
     import train
-    from minwurst import checkpoint, config, cost, diffusion, dist, draws, hub, lora, models
+    from minwurst.base.settings import LoRASettings, Settings, from_command_line
+    from minwurst.edge import export, hub, lora_file, models, run_file
+    from minwurst.run import checkpoint, estimate
+    from minwurst.step import diffusion, distributed, randomness
 
     PLACES = {
-        "load": (models, "load_prior"), "step": (draws, "dropout_seed"),
-        "save": (checkpoint, "put_in_place"), "export": (hub, "write_pipeline"),
+        "load": (models, "load_prior"), "step": (randomness, "dropout_seed"),
+        "save": (checkpoint, "separate"), "export": (export, "write_parts"),
         "noise": (diffusion, "add_noise"),
     }  # fmt: skip
-    SCRIPTS = {
-        "train.py": (train.main, config.Settings),
-        "lora.py": (lora_script.main, config.LoRASettings),
-    }
-    # What a run's first use imports is imported here.
+    SCRIPTS = {"train.py": (train.main, Settings), "lora.py": (lora.main, LoRASettings)}
+    # What a run imports on first use is imported here.
     wuerstchen = Path(sys.argv[1])
     models.load_text(wuerstchen, torch.float32)
     config_of_prior = dict(models.load_prior(wuerstchen).config)
-    one = {"batch": 1, "cells": 1, "compute_type": torch.float32, "gradient_checkpointing": False}
-    cost.activations(config_of_prior, **one)
+    estimate.activations(
+        config_of_prior, batch=1, latent_size=1, compute_type=torch.float32,
+        gradient_checkpointing=False,
+    )  # fmt: skip
     Image.init()
     tasks = Path("/proc/self/task").iterdir()
     threads = {task.joinpath("comm").read_text().strip() for task in tasks}
@@ -260,6 +262,6 @@ if __name__ == "__main__":
             send(*fault)
         if request["kill_at"] is not None:
             Operations(request["kill_at"])
-        dist.PATIENCE = datetime.timedelta(seconds=request["patience"])
+        distributed.TIMEOUT = datetime.timedelta(seconds=request["patience"])
         main, kind = SCRIPTS[request["script"]]
-        dist.run(main, hub.share, kind)
+        distributed.run(main, from_command_line(kind), hub.push_result)

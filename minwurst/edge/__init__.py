@@ -1,0 +1,1 @@
+"""Where a run touches the world: data sets, model folders, caches, images, the Hub."""

@@ -1,0 +1,220 @@
+"""Images and captions encoded once, before training, instead of in every epoch.
+
+    encoded = encode_all(folder, rows, encoders, 768)       # reads and writes `folder`
+    samples = EncodedSamples(rows, 768, seed, encoded=encoded)
+    sample = samples[position]              # {"latents", "condition", "positions"}
+
+All rows' latents and the conditions of all distinct captions, including the empty one, are stored
+in safetensors files of SHARD entries each, in a folder named after everything that they depend on.
+A file is written completely or not at all and carries the SHA-256 of its numbers, which is checked
+at every start: a missing, truncated or changed file is encoded again, and an interrupted run
+continues where it was. The files are memory-mapped, so they take no memory that others need.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from minwurst.base.console import gib, progress, say
+from minwurst.base.errors import UserError
+from minwurst.base.ranks import rank, world_size
+from minwurst.edge import dataset, files
+from minwurst.step import distributed
+from minwurst.step.images import open_image, preprocess
+from minwurst.step.samples import Samples, batches, captions_of
+
+FORMAT = "1, pictures resized and cropped in the centre"
+SHARD = 64  # entries per file: 2.3 MiB of latents at 768 pixels, 12 MiB of half-precision text
+BATCH = 8  # entries per forward pass, whatever the training's batch, so that files are identical
+
+
+def folder_for(root, **facts):
+    """The cache's folder for these facts; another fact means another folder."""
+    text = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+    return Path(root) / f"latents-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def digest(tensors):
+    """The SHA-256 of the numbers of some tensors, {name: tensor}."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+class ShardedTensors:
+    """`count` entries {name: tensor} of one kind, SHARD per file."""
+
+    def __init__(self, folder, kind, count):
+        self.folder, self.kind, self.count, self.opened = folder, kind, count, {}
+
+    def __reduce__(self):  # another process maps the files itself
+        return ShardedTensors, (self.folder, self.kind, self.count)
+
+    def __getitem__(self, number):
+        start = number - number % SHARD
+        if start not in self.opened:
+            self.opened[start] = load_file(self.file(start))
+        return {name: tensor[number % SHARD] for name, tensor in self.opened[start].items()}
+
+    def file(self, start):
+        """The file whose first entry is number `start`."""
+        return self.folder / f"{self.kind}-{start:08}.safetensors"
+
+    def length(self, start):
+        """The number of entries in this file."""
+        return min(SHARD, self.count - start)
+
+    def is_intact(self, start):
+        """Whether a file exists and contains what was written."""
+        try:
+            with safe_open(self.file(start), "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                expected = opened.metadata()["sha256"]
+        except (OSError, SafetensorError, KeyError, TypeError):
+            return False
+        lengths = {len(tensor) for tensor in tensors.values()}
+        return lengths == {self.length(start)} and digest(tensors) == expected
+
+    def missing(self):
+        """The starts of all files that are not intact. Ranks share the work and get the same."""
+        starts = range(0, self.count, SHARD)[rank() :: world_size()]
+        with ThreadPoolExecutor(dataset.threads()) as pool:
+            results = pool.map(self.is_intact, starts)
+            results = progress(results, f"checking {self.kind}", total=len(starts))
+            mine = [start for start, intact in zip(starts, results, strict=True) if not intact]
+        return sorted(start for part in distributed.gather_objects(mine) for start in part)
+
+    def fill(self, starts, read, encode):
+        """Write this rank's share of the files that begin at `starts`.
+
+        read: ranges of entry numbers → an iterable of inputs. encode: input → {name: (B, …)}.
+        """
+        parts = [
+            range(first, min(first + BATCH, start + self.length(start)))
+            for start in starts[rank() :: world_size()]
+            for first in range(start, start + self.length(start), BATCH)
+        ]
+        encoded = []
+        inputs = progress(read(parts), f"encoding {self.kind}", total=len(parts))
+        for part, samples in zip(parts, inputs, strict=True):
+            encoded.append(encode(samples))
+            if part.stop % SHARD == 0 or part.stop == self.count:
+                names = encoded[0]
+                tensors = {n: torch.cat([entry[n].cpu() for entry in encoded]) for n in names}
+                self.write(part.start - part.start % SHARD, tensors)
+                encoded = []
+
+    def write(self, start, tensors):
+        file = self.file(start)
+        try:
+            # Another run may be filling the same folder.
+            with files.replacing(file, unique=True, flushed=False) as draft:
+                save_file(tensors, draft, metadata={"sha256": digest(tensors)})
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file} was not written: {error}. Free some space, or use another --cache_dir. "
+                "What is already encoded is kept.",
+                one_rank=True,
+            ) from None
+
+
+class EncodedRows:
+    """All rows' latents by row number, and all their captions' conditions by caption."""
+
+    def __init__(self, folder, rows):
+        self.captions, self.rows = {"": 0}, {}
+        for row in rows.select_columns(["text", "number"]):
+            self.rows[row["number"]] = len(self.rows)
+            for caption in captions_of(row):
+                self.captions.setdefault(caption, len(self.captions))
+        self.latents = ShardedTensors(folder, "latents", len(self.rows))
+        self.text = ShardedTensors(folder, "text", len(self.captions))
+
+
+class EncodedSamples(Samples):
+    """Samples with latents and a condition in place of pixels and a caption."""
+
+    def __init__(self, rows, side, seed, caption_dropout=0.0, *, encoded):
+        super().__init__(rows, side, seed, caption_dropout)
+        self.encoded, self.texts = encoded, rows.select_columns(["text", "number"])
+
+    def __getitem__(self, position):
+        row, encoded = self.texts[self.row_index(position)], self.encoded
+        return {
+            **encoded.latents[encoded.rows[row["number"]]],                        # (16, h, w)
+            "condition": encoded.text[encoded.captions[self.caption(row, position)]],
+            "positions": position,
+        }  # fmt: skip
+
+
+class ImagesInOrder(torch.utils.data.Dataset):
+    """The rows' images, one after the other, as the image encoder takes them."""
+
+    def __init__(self, rows, side):
+        self.rows, self.side = rows, side
+
+    def __getitem__(self, number):
+        return {"pixels": preprocess(open_image(self.rows[number]), self.side)}
+
+
+def encode_all(folder, rows, encoders, side, workers=0, entry_bytes=(0, 0)):
+    """The EncodedRows in `folder`. Whatever is missing is encoded, shared by the ranks.
+
+    rows: all rows that will be asked for, checked. encoders: unloaded afterwards; an encoder that
+    is not needed is not even loaded. entry_bytes: of one image's latents and one condition.
+    """
+    encoded = EncodedRows(folder, rows)
+    missing = [(encoded.latents, encoded.latents.missing()), (encoded.text, encoded.text.missing())]
+    distributed.on_main(announce, folder, missing, entry_bytes)
+    captions = list(encoded.captions)
+
+    def read_captions(parts):
+        return ([captions[number] for number in part] for part in parts)
+
+    def read_images(parts):
+        loaded = batches(ImagesInOrder(rows, side), parts, workers)
+        return (batch["pixels"] for batch in loaded)
+
+    def encode_images(pixels):
+        return {"latents": encoders.latents(pixels)}
+
+    encoded.text.fill(missing[1][1], read_captions, encoders.condition)
+    encoded.latents.fill(missing[0][1], read_images, encode_images)
+    encoders.unload()
+    distributed.gather_objects(None)  # wait for the other ranks' files
+    if not all(tensors.file(start).is_file() for tensors, starts in missing for start in starts):
+        raise UserError(
+            f"{folder} has to be the same folder on all machines, and is not.", one_rank=True
+        )
+    return encoded
+
+
+def announce(folder, missing, entry_bytes):
+    """Report what will be encoded and its size; UserError if the disk can't hold it.
+
+    missing: [(ShardedTensors, the starts of its missing files), …], for latents and text.
+    """
+    counts = [sum(tensors.length(start) for start in starts) for tensors, starts in missing]
+    size = sum(tensors.count * one for (tensors, _), one in zip(missing, entry_bytes, strict=True))
+    needed = sum(count * one for count, one in zip(counts, entry_bytes, strict=True))
+    say(f"cache: {gib(size)} in {folder}, {counts[0]} images and {counts[1]} captions to encode")
+    files.make_folder(folder, flag="cache_dir")
+    for draft in folder.glob(".*.part"):  # from killed runs; recent ones may be in use
+        with contextlib.suppress(OSError):
+            if time.time() - draft.stat().st_mtime > 3600:
+                draft.unlink()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--cache_latents: {folder} needs {gib(needed)} more, and {gib(free)} are free. Free "
+            "some space, or use another --cache_dir."
+        )

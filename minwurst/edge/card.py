@@ -1,0 +1,127 @@
+"""The model card of a result: metadata, images, a snippet that generates an image, settings."""
+
+import huggingface_hub
+
+from minwurst.base.settings import LoRASettings, Settings, facts_of, public
+from minwurst.edge import lora_file, models
+from minwurst.edge.decoders import FullDecoder
+
+BEFORE_AFTER = "before_after.png"  # the image of a run that a card shows
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+{what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), trained with
+minwurst on {data}. It started from {base}.
+
+{images}
+
+## Use
+
+```python
+{snippet}
+```
+
+## Training
+
+Steps: {steps}, with {global_batch} images each, on {device}, with torch {torch} and diffusers
+{diffusers}.
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+# Part by part, because no Würstchen pipeline has loaded as a whole since diffusers 0.38.
+SNIPPET = """import inspect
+
+import torch
+from diffusers import DDPMWuerstchenScheduler, WuerstchenDecoderPipeline, WuerstchenPriorPipeline
+from transformers import CLIPTextModel, CLIPTokenizerFast
+
+stage_c = inspect.getmodule(WuerstchenPriorPipeline)
+stages_b_and_a = inspect.getmodule(WuerstchenDecoderPipeline)
+prior = WuerstchenPriorPipeline(
+    prior=stage_c.WuerstchenPrior.from_pretrained("{prior}", subfolder={subfolder}),
+    text_encoder=CLIPTextModel.from_pretrained("{text}", subfolder="text_encoder"),
+    tokenizer=CLIPTokenizerFast.from_pretrained("{text}", subfolder="tokenizer"),
+    scheduler=DDPMWuerstchenScheduler(),
+)
+{lora}decoder = WuerstchenDecoderPipeline(
+    decoder=stages_b_and_a.WuerstchenDiffNeXt.from_pretrained("{decoder}", subfolder="decoder"),
+    vqgan=stages_b_and_a.PaellaVQModel.from_pretrained("{decoder}", subfolder="vqgan"),
+    text_encoder=CLIPTextModel.from_pretrained("{decoder}", subfolder="text_encoder"),
+    tokenizer=CLIPTokenizerFast.from_pretrained("{decoder}", subfolder="tokenizer"),
+    scheduler=DDPMWuerstchenScheduler(),
+)
+place = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+prior.to(*place), decoder.to(*place)
+
+prompt = {prompt!r}
+times = stage_c.DEFAULT_STAGE_C_TIMESTEPS
+latents = prior(prompt, {side}, {side}, timesteps=times, guidance_scale=4.0).image_embeddings
+decoder(latents, prompt).images[0].save("picture.png")"""
+
+LORA_LINE = """{advice}# The next line needs PEFT: pip install peft
+prior.load_lora_weights("{repository}", weight_name="{file}")
+"""
+
+
+def card(run, repository, files):
+    """The card's text. run: as run_file.read gives it. files: as hub.results gives them."""
+    settings, base, data = run["settings"], run["published"]["base"], run["published"]["data"]
+    is_lora = lora_file.FILE in files
+    metadata = huggingface_hub.ModelCardData(
+        license="mit" if (base or "").startswith("warp-ai/") else None,
+        base_model=base,
+        datasets=[data] if data else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["wuerstchen", "minwurst", *(["lora"] if is_lora else [])],
+    )
+    prompts = settings["validation_prompts"] or ["a bear"]
+    listed = "; ".join(f"“{' '.join(prompt.split())}”" for prompt in prompts)
+    defaults, allowed = public(LoRASettings()), facts_of(LoRASettings, "in_card")
+    shown = {
+        name: value
+        for name, value in settings.items()
+        if allowed.get(name) == "always"
+        or allowed.get(name) and value not in (defaults[name], None)
+    }
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        name=repository.split("/")[-1],
+        what=f"A LoRA of rank {settings['rank']} for" if is_lora else "All weights of",
+        base=f"`{base}`" if base else "a base that is not on the Hub",
+        data=f"`{data}`" if data else "captioned images",
+        images=f"![before and after training]({BEFORE_AFTER})\n\nPrompts: {listed}"
+        if BEFORE_AFTER in files
+        else "",
+        snippet=snippet(repository, run, prompts[0], is_lora),
+        settings="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
+        global_batch=run["identity"]["global_batch"],
+        steps=run["steps"],
+        **{name: run["starts"][-1][name] for name in ("device", "torch", "diffusers")},
+    )
+
+
+def snippet(repository, run, prompt, is_lora):
+    """Python that generates an image with the pushed result; it needs diffusers, not minwurst."""
+    names = run["published"]
+    base, alone = names["base"] or "THE/BASE", is_lora and names["prior_alone"]
+    side = int(FullDecoder.latent_size(run["settings"]["resolution"] // 32) * 42.67)
+    advice = "" if names["base"] else "# Replace THE/BASE by the base's repository or folder.\n"
+    return SNIPPET.format(
+        prior=base if is_lora else repository,
+        subfolder="None" if alone else '"prior"',
+        text=models.COMPLETE if alone else base if is_lora else repository,
+        lora=LORA_LINE.format(repository=repository, file=lora_file.FILE, advice=advice)
+        if is_lora
+        else "",
+        decoder=names["decoder"] or Settings.pretrained_decoder_model_name_or_path,
+        prompt=prompt,
+        side=side,
+    )

@@ -1,0 +1,216 @@
+"""The data set: where captioned images come from, and how every row is checked beforehand.
+
+    table = find(settings)                        # quick; every row is read in the second call
+    data = check(table, settings, seed)
+    data.rows, data.held_out, data.fingerprint
+
+`datasets` reads the tables; images stay encoded until they are needed (step/images.py).
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow.compute as pc
+
+from minwurst.base.console import progress, say
+from minwurst.base.errors import UserError
+from minwurst.base.ranks import is_main, local_world_size, rank, world_size
+from minwurst.edge import files
+from minwurst.step import distributed, randomness
+from minwurst.step.images import open_image
+from minwurst.step.samples import captions_of
+
+
+@dataclasses.dataclass
+class CaptionedImages:
+    """Rows {"image": {"bytes", "path"}, "text", "number"}, all of them checked.
+
+    rows: to train on. held_out: to validate on. every: both, in their original order. fingerprint:
+    16 hex digits that change with the content of any row.
+    """
+
+    rows: datasets.Dataset
+    held_out: datasets.Dataset
+    every: datasets.Dataset
+    fingerprint: str
+
+
+def check(table, settings, seed):
+    """Check every row and split the rows. All ranks must call it, and get the same."""
+    every, known_good = sample_rows(table, settings.max_train_samples, seed), None
+    if settings.cache_latents:
+        known_good = cache_folder(settings) / "good_rows.txt"
+    every, fingerprint = check_rows(every, settings.skip_bad_samples, known_good)
+    rows, held_out = hold_out(every, settings.validation_split, seed)
+    return CaptionedImages(rows, held_out, every, fingerprint)
+
+
+def cache_folder(settings):
+    """Where --cache_latents writes; created if missing."""
+    folder = settings.cache_dir or settings.output_dir
+    return distributed.on_main(files.make_folder, folder, "cache_dir")
+
+
+def find(settings):
+    """The split `train` as rows, with nothing decoded. A selected row keeps its number.
+
+    --dataset_name is a name on the Hub, a folder (images, parquet, or written by `save_to_disk`) or
+    a .parquet file, and overrides --train_data_dir, a folder of images with a metadata.jsonl.
+    """
+    source = Path(settings.dataset_name or settings.train_data_dir)
+    flag = f"--train_data_dir {settings.train_data_dir}"
+    if settings.dataset_name:
+        flag = f"--dataset_name {settings.dataset_name}"
+    elif not source.is_dir():
+        raise UserError(f"{flag}: no such folder.")
+    table = read_table(settings, source, flag)
+    columns = settings.image_column, settings.caption_column
+    for option, column in zip(("image_column", "caption_column"), columns, strict=True):
+        if column not in table.column_names:
+            raise UserError(
+                f"--{option} {column}: not found in {flag}. Columns: "
+                f"{', '.join(table.column_names)}."
+            )
+    if len(table) == 0:
+        raise UserError(f"{flag} is empty: its split `train` has no rows.")
+    feature = table.features[settings.image_column]
+    stored_as = getattr(feature, "dtype", None)
+    if not isinstance(feature, datasets.Image) and stored_as not in ("string", "binary"):
+        raise UserError(f"--image_column {settings.image_column} contains {feature}, not images.")
+    table = table.select_columns(list(columns))
+    table = table.rename_columns(dict(zip(columns, ("image", "text"), strict=True)))
+    table = table.add_column("number", range(len(table)))
+    table = table.cast_column("image", datasets.Image(decode=False))
+    caches = (
+        settings.cache_dir or datasets.config.HF_DATASETS_CACHE,
+        huggingface_hub.constants.HF_HUB_CACHE,
+    )
+    refuse_outside(table, [source if source.is_dir() else source.parent, *caches])
+    return table
+
+
+def read_table(settings, source, flag):
+    """The table as `datasets` reads it; whatever it raises becomes a UserError."""
+    datasets.disable_progress_bars()
+    options = {"cache_dir": settings.cache_dir}
+    try:
+        if not settings.dataset_name:
+            # Without data_files the library takes an image called "test tube.webp" for a split.
+            inside = source / "train" if (source / "train").is_dir() else source
+            found = datasets.load_dataset(
+                "imagefolder", data_dir=str(inside), data_files={"train": "**"}, **options
+            )
+        elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(source))
+        elif source.is_file():
+            found = datasets.load_dataset("parquet", data_files=str(source), **options)
+        else:
+            name, configuration = settings.dataset_name, settings.dataset_config_name
+            found = datasets.load_dataset(name, configuration, **options)
+    except Exception as error:  # of many types; the library's message says what is wrong
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"{flag} can't be read, or is empty: {reason}") from None
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise UserError(f"{flag} has no split `train`, only {', '.join(found)}.")
+        found = found["train"]
+    return found
+
+
+def refuse_outside(rows, folders):
+    """UserError if a row's image is a file outside the data set's own folders.
+
+    A table from somebody else could otherwise name any file on this machine to be trained on.
+    """
+    ways = os.path.abspath, os.path.realpath
+    roots = {resolve(folder) for folder in folders for resolve in ways}
+    inside = tuple(os.path.join(root, "") for root in roots)
+    images = rows.data.column("image")
+    paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))
+    sizes = pc.fill_null(pc.binary_length(content), 0)
+    for number, (path, size) in enumerate(zip(paths.to_pylist(), sizes.to_pylist(), strict=True)):
+        if path and not size and not os.path.abspath(path).startswith(inside):
+            raise UserError(
+                f"Row {number}: its image {path} is outside the data set's folder {folders[0]}. "
+                "Move the images there, or store them in the table."
+            )
+
+
+def sample_rows(rows, limit, seed):
+    """At most `limit` rows, chosen by the seed; None keeps all."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(randomness.epoch_order(seed, 0, len(rows))[:limit])
+
+
+def hold_out(rows, fraction, seed):
+    """(rows to train on, rows to validate on), chosen by the seed."""
+    count = math.ceil(fraction * len(rows))
+    if count == len(rows):
+        raise UserError(
+            f"--validation_split {fraction} of {len(rows)} rows leaves none to train on."
+        )
+    order = randomness.epoch_order(randomness.held_out_seed(seed), 0, len(rows))
+    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+
+
+def threads():
+    """The number of this machine's threads that one rank may use."""
+    return max(1, (os.cpu_count() or 1) // local_world_size())
+
+
+def check_rows(rows, skip_bad=False, known_good=None):
+    """Read every caption and decode every image once. Returns (good rows, their fingerprint).
+
+    Ranks share the work, and so do the threads of a rank. A bad row is a UserError on all ranks;
+    with skip_bad it is reported and skipped. known_good: a file with the digests of rows that were
+    good before; these are read again, but not decoded.
+    """
+    known = set(known_good.read_text().split()) if known_good and known_good.is_file() else set()
+
+    def check_row(number):
+        """(error or None, digest of the row) of one row."""
+        row = rows[number]
+        try:
+            captions = captions_of(row)
+            stored = row["image"] or {}
+            file = Path(stored.get("path") or "")
+            content = hashlib.sha256(
+                stored.get("bytes") or (file.read_bytes() if file.is_file() else b"")
+            )
+            content.update("\0".join(captions).encode())
+            if content.hexdigest() not in known:
+                open_image(row)
+        except UserError as error:
+            return str(error), ""
+        return None, content.hexdigest()
+
+    mine = range(rank(), len(rows), world_size())
+    with ThreadPoolExecutor(threads()) as pool:
+        results = progress(pool.map(check_row, mine), "checking the data", total=len(mine))
+        checked = dict(zip(mine, results, strict=True))
+    everyone = {}
+    for part in distributed.gather_objects(checked):
+        everyone |= part
+    errors = [everyone[number][0] for number in range(len(rows)) if everyone[number][0]]
+    if errors and (not skip_bad or len(errors) == len(rows)):
+        more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
+        advice = "" if skip_bad else " Skip bad rows with --skip_bad_samples."
+        raise UserError(errors[0] + more + advice)
+    if errors:
+        good = [number for number in range(len(rows)) if not everyone[number][0]]
+        for line in errors[:10]:
+            say(f"skipped: {line}")
+        say(f"skipped in total: {len(errors)} of {len(rows)} rows")
+        rows = rows.select(good)
+    digests = [everyone[number][1] for number in sorted(everyone) if everyone[number][1]]
+    if known_good and is_main() and not known.issuperset(digests):
+        with files.replacing(known_good) as draft:
+            draft.write_text("\n".join(known.union(digests)))
+    return rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16]

@@ -1,0 +1,59 @@
+"""The result of a full fine-tuning, in the Hub's layout.
+
+`prior_pipeline/` contains the fine-tuned prior and the base's text encoder and tokenizer, byte for
+byte. Its model_index.json names the parts as the Hub's own repositories do, under the library name
+"wuerstchen"; what diffusers' save_pretrained writes there does not load again.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+from safetensors import SafetensorError
+
+from minwurst.base.errors import UserError
+from minwurst.edge.files import replacing
+from minwurst.edge.models import PATTERNS
+
+FOLDER = "prior_pipeline"
+PARTS = ("prior", "text_encoder", "tokenizer", "scheduler")
+
+
+def save_pipeline(prior, folder, text_folder):
+    """Write the result, replacing an earlier one, and return its path; UserError if that fails.
+
+    prior: fine-tuned. text_folder: has the base's text encoder and tokenizer.
+    """
+    try:
+        with replacing(folder) as draft:
+            write_parts(draft, prior, text_folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} was not written: {error}. Free some space; the last checkpoint is intact, "
+            "and --resume_from_checkpoint=latest writes the result from it."
+        ) from None
+    return Path(folder)
+
+
+def write_parts(folder, prior, text_folder):
+    """The parts and their index, in a folder that does not exist yet."""
+    prior.save_pretrained(folder / "prior")
+    for part in ("text_encoder", "tokenizer"):
+        (folder / part).mkdir()
+        for pattern in PATTERNS:
+            for file in (Path(text_folder) / part).glob(pattern):
+                shutil.copyfile(file, folder / part / file.name)
+    diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WuerstchenPriorPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "latent_mean": 42.0,
+        "latent_std": 1.0,
+        "resolution_multiple": 42.67,
+        "prior": ["wuerstchen", "WuerstchenPrior"],
+        "scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizerFast"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,83 @@
+"""Files that are written completely or not at all, and checksums.
+
+    with replacing(folder / "run.json") as draft:
+        draft.write_text(text)
+
+The draft is written beside the target under a temporary name, flushed to disk and renamed. A kill
+at any moment leaves either the old file or the new one; an exception removes the draft.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from minwurst.base.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path, unique=False, flushed=True):
+    """Use as a context manager: it gives the path of a draft, a file or folder yet to be created.
+
+    unique: for targets that several processes may write at once. flushed: False for what can be
+    computed again, which need not survive a power cut.
+    """
+    path = Path(path)
+    suffix = f".{secrets.token_hex(4)}.part" if unique else ".part"
+    draft, old = path.with_name(f".{path.name}{suffix}"), path.with_name(f".{path.name}.old")
+    remove(draft)  # left behind by an interrupted write
+    try:
+        yield draft
+        if flushed:
+            for part in [*draft.rglob("*"), draft]:
+                flush(part)
+        if draft.is_dir():  # a folder can't be replaced in one step
+            remove(old)
+            if path.exists():
+                path.rename(old)
+            draft.rename(path)
+        else:
+            draft.replace(path)
+        if flushed:
+            flush(path.parent)
+        if path.is_dir():
+            remove(old)
+    except Exception:
+        remove(draft)
+        raise
+
+
+def remove(path):
+    """Delete a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path):
+    """Wait until the disk has a file's bytes, or a folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def describe(file):
+    """A file's size in bytes and its SHA-256."""
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"size": file.stat().st_size, "sha256": digest}
+
+
+def make_folder(path, flag="output_dir"):
+    """The folder as a Path, created if missing; UserError if it is not writable."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--{flag} {path} is not writable: {error.strerror}.") from None
+    return folder

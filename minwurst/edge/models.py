@@ -1,0 +1,257 @@
+"""The parts of a Würstchen model, found and loaded one by one from folders or the Hub.
+
+    parts = find(settings)                     # folders, checked; nothing large is loaded
+    prior = load_prior(parts.prior)
+    encoders = make_encoders(parts, torch.bfloat16, device)
+
+Parts are loaded one by one because the Hub's Würstchen pipelines have not loaded as a whole since
+diffusers 0.38. Only safetensors and JSON files are read: no pickle, no remote code.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+
+from minwurst.base.errors import UserError
+from minwurst.edge.files import describe
+from minwurst.step.encoders import Encoders
+from minwurst.step.image_encoder import EfficientNetEncoder
+from minwurst.step.prior import WuerstchenPrior
+
+COMPLETE = "warp-ai/wuerstchen-prior"  # has the text encoder that other repositories lack
+PATTERNS = ["*.json", "*.txt", "*.safetensors"]
+DECODER_PARTS = ("decoder", "vqgan", "text_encoder", "tokenizer")
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclasses.dataclass
+class Parts:
+    """The folders of a model's parts.
+
+    prior: of the prior's own files. text: has text_encoder/ and tokenizer/. image_encoder. decoder:
+    has the parts of Stages B and A, or None. prior_alone: whether the prior's folder has no text
+    encoder beside it.
+    """
+
+    prior: Path
+    text: Path
+    image_encoder: Path
+    decoder: Path | None
+    prior_alone: bool
+
+
+# ---- Finding.
+
+
+def find(settings):
+    """Find all parts, downloading what is on the Hub; UserError if one is missing or misfits."""
+    name = "pretrained_prior_model_name_or_path"
+    source = locate(name, settings.pretrained_prior_model_name_or_path, settings.cache_dir)
+    encoder = settings.image_encoder_name_or_path
+    image_encoder = locate("image_encoder_name_or_path", encoder, settings.cache_dir)
+    text = text_folder(source, settings.cache_dir)
+    check_parts(source, text, image_encoder)
+    decoder = None
+    if settings.validation_prompts and settings.validation_decoder == "full":
+        decoder = find_decoder(settings.pretrained_decoder_model_name_or_path, settings.cache_dir)
+    parts = Parts(prior_folder(source), text, image_encoder, decoder, is_prior_alone(source))
+    check_fit(parts)
+    return parts
+
+
+def locate(flag, name, cache_dir=None, advice=""):
+    """The local folder of a model: `name` itself, or the downloaded files of a Hub repository.
+
+    flag, advice: for the UserError if there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise UserError(f"--{flag} {name}: no such folder.{advice}")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            cache_dir=cache_dir,
+            allow_patterns=PATTERNS,
+            ignore_patterns=["*.fp16.safetensors"],  # the same weights a second time
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--{flag} {name}: no such local folder, and not available from the Hub "
+            f"({type(error).__name__}: {reason}). Give a local folder, or fix the name or the "
+            f"connection.{advice}"
+        ) from None
+    return Path(folder)
+
+
+def locate_lora(name, cache_dir=None):
+    """The path of a LoRA: `name` itself, or the folder of a Hub repository's files."""
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+        return name
+    return locate("lora", name, cache_dir)
+
+
+def is_prior_alone(folder):
+    """Whether this is a repository of the prior alone, with its config at the root."""
+    return not (Path(folder) / "prior").is_dir() and (Path(folder) / "config.json").is_file()
+
+
+def prior_folder(folder):
+    """Where the prior's files are: in `prior/`, or at the root of a prior alone."""
+    return Path(folder) if is_prior_alone(folder) else Path(folder) / "prior"
+
+
+def text_folder(folder, cache_dir=None):
+    """The folder with the text_encoder/ and tokenizer/ that belong to the prior in `folder`."""
+    if is_prior_alone(folder):
+        return locate("pretrained_prior_model_name_or_path", COMPLETE, cache_dir)
+    return Path(folder)
+
+
+def check_parts(source, text, image_encoder=None):
+    """UserError names the first missing part."""
+    needed = [
+        (source, (prior_folder(source) / "config.json").relative_to(source)),
+        (text, "text_encoder/config.json"),
+        (text, "tokenizer/tokenizer_config.json"),
+    ]
+    if image_encoder:
+        needed.append((image_encoder, "config.json"))
+    for folder, file in needed:
+        if not (Path(folder) / file).is_file():
+            raise UserError(f"{folder} is not a complete model folder: {file} is missing.")
+
+
+def find_decoder(name, cache_dir=None):
+    """The local folder of the decoder; UserError if there is none, or a part is missing."""
+    folder = locate(
+        "pretrained_decoder_model_name_or_path", name, cache_dir,
+        advice=" Or train without it: --validation_decoder=preview.",
+    )  # fmt: skip
+    check_decoder(folder)
+    return folder
+
+
+def check_decoder(folder):
+    """UserError names the first missing part of the decoder."""
+    for part in DECODER_PARTS:
+        file = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+        if not (Path(folder) / part / file).is_file():
+            raise UserError(f"{folder} is not a complete decoder folder: {part}/{file} is missing.")
+
+
+def check_fit(parts):
+    """UserError if the widths of prior, text encoder and image encoder differ."""
+    (channels, *_), (_, width) = encoded_shapes(parts, 32)
+    config = load_part(WuerstchenPrior.load_config, parts.prior)
+    if width != config["c_cond"]:
+        raise UserError(
+            f"The text encoder has width {width}, but the prior expects {config['c_cond']}."
+        )
+    if channels != config["c_in"]:
+        raise UserError(
+            f"--image_encoder_name_or_path outputs {channels} channels, but the prior expects "
+            f"{config['c_in']}."
+        )
+
+
+def encoded_shapes(parts, side):
+    """((16, R/32, R/32), (77, D)): of an image of side R and of a caption, by the configs."""
+    text = load_part(transformers.CLIPTextConfig.from_pretrained, parts.text / "text_encoder")
+    channels = load_part(EfficientNetEncoder.load_config, parts.image_encoder)["c_latent"]
+    return (channels, side // 32, side // 32), (text.max_position_embeddings, text.hidden_size)
+
+
+def encoded_bytes(parts, side, text_type):
+    """Bytes of one image's latents and of one caption's condition."""
+    latents, text = (math.prod(shape) for shape in encoded_shapes(parts, side))
+    return latents * torch.float32.itemsize, text * text_type.itemsize
+
+
+def prior_sizes(folder):
+    """The sizes in the prior's config, without loading the prior."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {name: config.get(name) for name in ("c_in", "c", "c_cond", "c_r", "depth", "nhead")}
+
+
+def fingerprint(*folders):
+    """16 hex digits that change with the content of any model file in the folders."""
+    files = [file for folder in folders for p in PATTERNS for file in sorted(Path(folder).glob(p))]
+    digests = [describe(file)["sha256"] for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+# ---- Loading.
+
+
+def load_part(load, folder):
+    """load(folder); if that fails, a UserError names the folder."""
+    try:
+        return load(folder)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} can't be loaded: {reason}") from None
+
+
+def load_weights(kind, folder, **options):
+    """A model from its folder; a missing tensor is an error, where libraries initialise it."""
+    model, report = kind.from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, **options
+    )
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        # Older CLIP files also hold position numbers, which are not weights.
+        keys = [key for key in report[problem] if not str(key).endswith("position_ids")]
+        if keys:
+            names = ", ".join(str(key) for key in keys[:3])
+            raise ValueError(f"its weights have {problem.replace('_', ' ')}: {names}")
+    return model
+
+
+def load_prior(folder, dtype=torch.float32):
+    """The prior in `dtype`, from its own folder or the one that contains `prior/`."""
+
+    def load(place):
+        return load_weights(WuerstchenPrior, place, low_cpu_mem_usage=False, torch_dtype=dtype)
+
+    return load_part(load, prior_folder(folder))
+
+
+def load_text(folder, dtype):
+    """(tokenizer, frozen text encoder in `dtype`) from the folder that contains both."""
+
+    def load(place):
+        return load_weights(transformers.CLIPTextModel, place, dtype=dtype)
+
+    read = transformers.CLIPTokenizerFast.from_pretrained
+    tokenizer = load_part(read, Path(folder) / "tokenizer")
+    text_encoder = load_part(load, Path(folder) / "text_encoder")
+    return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+def load_image_encoder(folder):
+    """The frozen image encoder: fp32, as its authors ran it, and channels last, which is faster."""
+
+    def load(place):
+        model = load_weights(EfficientNetEncoder, place, low_cpu_mem_usage=False)
+        return model.to(torch.float32, memory_format=torch.channels_last)
+
+    return load_part(load, folder).requires_grad_(False).eval()
+
+
+def make_encoders(parts, text_type, device):
+    """The frozen encoders, not loaded yet. text_type: of the text encoder."""
+    return Encoders(
+        lambda: load_text(parts.text, text_type),
+        lambda: load_image_encoder(parts.image_encoder),
+        device,
+    )

@@ -1,0 +1,95 @@
+"""run.json: what another person needs to repeat a run. Never a token."""
+
+import importlib.metadata
+import json
+import platform
+import re
+import secrets
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from minwurst.base.errors import UserError
+from minwurst.base.ranks import world_size
+from minwurst.base.settings import public
+from minwurst.edge.files import replacing
+
+FILE = "run.json"
+PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
+
+
+def write(run):
+    """Write a Run's run.json and return the run's id. A resumed run keeps its id.
+
+    Each start of the run adds an entry to `starts`.
+    """
+    file, settings = run.folder / FILE, public(run.settings)
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if run.checkpoint else {}
+    except (OSError, ValueError):  # it is for people; training does not need it
+        before = {}
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "resumed_from": run.checkpoint.name if run.checkpoint else None,
+        "device": f"{world_size()} × {device_name(run.device)}",
+        "commit": git_commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+    content = {
+        "id": before.get("id") or secrets.token_hex(4),
+        "settings": settings,
+        "identity": run.identity,
+        "published": publishable_names(settings, run.parts.prior_alone),
+        "steps": max(run.last_step, run.steps.start - 1),
+        "starts": [*before.get("starts", []), start],
+    }
+    with replacing(file) as draft:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        draft.write_text(text + "\n", encoding="utf-8")
+    return content["id"]
+
+
+def read(folder):
+    """The content of a run's run.json; UserError if there is none."""
+    try:
+        run = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return {key: run[key] for key in ("settings", "identity", "published", "steps", "starts")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is not the --output_dir of a run: can't read its {FILE} ({error!r})."
+        ) from None
+
+
+def publishable_names(settings, prior_alone):
+    """The Hub repositories that a card may name; local folders become None.
+
+    Decided while the run has them: a name that is a folder here may be a repository elsewhere.
+    """
+    names = {
+        "base": settings["pretrained_prior_model_name_or_path"],
+        "decoder": settings["pretrained_decoder_model_name_or_path"],
+        "data": settings["dataset_name"],
+    }
+    for part, name in names.items():
+        if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name or "") or Path(name).exists():
+            names[part] = None
+    return {**names, "prior_alone": prior_alone}
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def git_commit(folder):
+    """The commit of the code in a folder, and whether it was changed; None outside a repository."""
+    try:
+        commit, changed = (
+            subprocess.check_output(["git", "-C", folder, *words], stderr=subprocess.DEVNULL)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.decode().strip() + (" with changes" if changed.strip() else "")

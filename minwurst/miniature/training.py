@@ -1,0 +1,87 @@
+"""How the parts of the miniature are trained: one resumable loop for all of them."""
+
+import time
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minwurst.run import checkpoint
+from minwurst.run.state import State
+from minwurst.step import diffusion
+from minwurst.step.optimizer import EMA, adamw, learning_rates
+
+SEED = 0
+
+
+def train(work, part, model, loss_of, *, steps, learning_rate, decay=0.998, every=500):
+    """Train a part on loss_of(step) in bf16, resumably, and leave the averaged weights in it."""
+    folder = work / "training" / part
+    folder.mkdir(parents=True, exist_ok=True)
+    trainable = dict(model.named_parameters())
+    ema = EMA(trainable, decay)
+    optimizer = adamw()(
+        trainable.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, eps=1e-8
+    )
+    # The buffers of batch norms are saved with the weights.
+    state = State(weights=model.state_dict(keep_vars=True), optimizer=optimizer, ema=ema.average)
+    latest, done = checkpoint.find("latest", folder), 0
+    if latest:
+        tensors, progress = checkpoint.load(latest)
+        state.restore(tensors, progress)
+        done = progress["step"]
+    schedule = learning_rates(optimizer, "cosine", 200, steps, done)
+    device = torch.get_default_device().type
+    model.train()
+    mean, start = 0.0, time.perf_counter()
+    for step in range(done + 1, steps + 1):
+        torch.manual_seed(SEED * 10**9 + step)  # the same step after a restart
+        # Plain attention, because the flash kernel's backward pass is slow on a CPU for 36 pixels.
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        ema.update(step)
+        mean += (loss.item() - mean) / min(step - done, 100)
+        if step % 100 == 0:
+            pace = (time.perf_counter() - start) / (step - done)
+            print(f"{part}: step {step}/{steps}, loss {mean:.5f}, {pace:.2f} s/step", flush=True)
+        if step % every == 0 or step == steps:
+            tensors, numbers = state.collect()
+            checkpoint.save(folder, step, tensors, {"step": step, **numbers}, keep=1)
+    ema.swap()
+    return model.eval()
+
+
+@torch.no_grad()
+def refresh_batch_norms(model, call):
+    """The statistics that belong to the averaged weights, from one pass over some images."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the plain mean
+    model.train()
+    call()
+    model.eval()
+
+
+@torch.no_grad()
+def in_parts(model, inputs, size=32):
+    """model(inputs), a few rows at a time."""
+    return torch.cat([model(part) for part in inputs.split(size)]).contiguous()
+
+
+def denoising_loss(model, clean, condition, *, shift=1.0, power=1.0, k=1.0):
+    """Noise prediction at t = shift·U^power, weighted by p2's 1/(k + SNR).
+
+    The authors' objective is power 1 and k 1. condition: keyword arguments of the model.
+    """
+    t = (shift * torch.rand(len(clean)) ** power).clamp(0.001, 1)
+    noise = torch.randn_like(clean)
+    predicted = model(diffusion.add_noise(clean, noise, t), t, **condition).float()
+    error = (predicted - noise).square().mean(dim=(1, 2, 3))
+    signal = diffusion.alpha_bar(t)
+    return (error / (k + signal / (1 - signal))).mean()

@@ -1,0 +1,1 @@
+"""What makes a sequence of steps a run: identity, checkpoints, log, validation."""

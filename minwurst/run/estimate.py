@@ -1,0 +1,146 @@
+"""How much memory and disk a run will need, estimated before it starts.
+
+Weights, gradients and optimizer state are counted from the parameters. Activations are counted by
+a forward pass on tensors without memory, which records what autograd keeps. Not included are the
+CUDA context, fragmentation, and what the encoders need while they run.
+"""
+
+import contextlib
+import functools
+import shutil
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from minwurst.base.console import gib, say
+from minwurst.base.errors import UserError
+from minwurst.base.settings import LoRASettings
+from minwurst.edge.decoders import size_of
+from minwurst.step.adapter import add_adapters
+from minwurst.step.distributed import on_main
+from minwurst.step.prior import WuerstchenPrior
+
+
+def activations(
+    config, *, batch, latent_size, compute_type, gradient_checkpointing, tokens=77, adapt=None,
+    kind=WuerstchenPrior,
+):  # fmt: skip
+    """Bytes that one forward pass of the prior keeps for the backward pass.
+
+    config: the prior's. latent_size: side of the latents. adapt: a function that adds adapters to a
+    prior, whose other weights are then frozen in the compute type. kind: the prior's class. Under
+    autocast, this includes the weights' copies in the compute type; with gradient checkpointing,
+    the three blocks that the backward pass recomputes at a time.
+    """
+
+    def kept(depth, recompute):
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with FakeTensorMode(), default_type(compute_type if adapt else torch.float32):
+            prior = kind(**{**config, "depth": depth})
+            if adapt:
+                adapt(prior)
+            prior.gradient_checkpointing = recompute
+            shape = (batch, config["c_in"], latent_size, latent_size)
+            noisy = torch.empty(shape, dtype=torch.float32)
+            t = torch.empty(batch, dtype=torch.float32)
+            text = torch.empty(batch, tokens, config["c_cond"], dtype=compute_type)
+            autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
+            with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
+                prior(noisy, t, text)
+            for weight in prior.parameters():  # counted as weights
+                storages.pop(weight.untyped_storage()._cdata, None)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    depth = config["depth"]
+    if adapt:  # targets may name single blocks
+        recomputed = kept(depth, False) // depth if gradient_checkpointing else 0
+        return kept(depth, gradient_checkpointing) + recomputed
+    # Every three blocks keep the same, so two shallow networks determine any depth.
+    one, two = kept(1, gradient_checkpointing), kept(2, gradient_checkpointing)
+    recomputed = kept(2, False) - kept(1, False) if gradient_checkpointing else 0
+    return one + (depth - 1) * (two - one) + recomputed
+
+
+@contextlib.contextmanager
+def default_type(dtype):
+    """Use as a context manager: inside, this is torch's default data type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def memory(total, trained, *, compute_type, use_8bit_adam, use_ema, gradient_checkpointing, **more):
+    """Bytes on a device by purpose. total, trained: the prior's parameters. more: known bytes."""
+    half = compute_type != torch.float32
+    needs = {
+        "weights": 4 * trained + (2 if half else 4) * (total - trained),
+        "gradients": 4 * trained,
+        "Adam": (2 if use_8bit_adam else 8) * trained,
+        "EMA": 4 * trained * use_ema,
+        # Autocast keeps them through the forward pass. Without recomputation, they are already
+        # among the activations.
+        "half-precision copies of weights": 2 * trained * half * gradient_checkpointing,
+        **more,
+    }
+    return {purpose: count for purpose, count in needs.items() if count}
+
+
+def announce(run, prior, source):
+    """Report what a Run will do and need; UserError if the disk is too small.
+
+    prior: with its adapters, if any. source: where latents come from.
+    """
+    settings, layout, steps = run.settings, run.layout, run.steps
+    total = sum(weight.numel() for weight in prior.parameters())
+    trained = sum(weight.numel() for weight in prior.parameters() if weight.requires_grad)
+    epochs = (steps.stop - 1) * layout.global_batch / run.rows
+    say(
+        f"{run.rows} rows, {layout.global_batch} images per step, steps {steps.start} to "
+        f"{steps.stop - 1} ({epochs:.1f} epochs in total)"
+    )
+    common = {
+        "compute_type": source.compute_type,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+    }
+    adapt = None
+    if isinstance(settings, LoRASettings):
+        adapt = functools.partial(add_adapters, **settings.adapter_options())
+    kept = activations(
+        dict(prior.config), batch=layout.batch, latent_size=settings.resolution // 32, adapt=adapt,
+        **common,
+    )  # fmt: skip
+    needs = memory(
+        total, trained, **common, use_8bit_adam=settings.use_8bit_adam, use_ema=settings.use_ema,
+        encoders=sum(map(size_of, source.frozen())), activations=kept,
+    )  # fmt: skip
+    listed = ", ".join(f"{purpose} {gib(count)}" for purpose, count in needs.items())
+    say(f"trains {trained:,} of {total:,} parameters")
+    say(f"memory per device, about {gib(sum(needs.values()))}: {listed}")
+    on_main(check_disk, settings, trained, len(steps))
+
+
+def check_disk(settings, trained, steps):
+    """Report the size of checkpoints and result; UserError if not even two checkpoints fit."""
+    checkpoint = (4 + (2 if settings.use_8bit_adam else 8) + 4 * settings.use_ema) * trained
+    saves = steps // settings.checkpointing_steps + 1
+    limit = settings.checkpoints_total_limit
+    at_once = min(saves, limit + 1) if limit else saves  # one is deleted after the next is written
+    needed = at_once * checkpoint + 4 * trained  # the result, without its copy of the text encoder
+    free = shutil.disk_usage(settings.output_dir).free
+    say(f"disk: {gib(checkpoint)} per checkpoint, {gib(needed)} in total, {gib(free)} free")
+    if free < min(needed, 2 * checkpoint):
+        raise UserError(
+            f"--output_dir {settings.output_dir}: {gib(free)} free, too little for a checkpoint of "
+            f"{gib(checkpoint)} and the next one. Free some space, or use a folder on another disk."
+        )
+    if free < needed:
+        say("The disk is too small for all checkpoints: set --checkpoints_total_limit.")

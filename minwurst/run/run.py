@@ -1,0 +1,192 @@
+"""Run: the facts of a run. Its folder, seed and steps, what it resumes, what makes it this run.
+
+    run = Run.open(settings, device)        # locks the folder, finds the checkpoint and the seed
+    run.identify(parts, data)               # refuses to resume another run
+    updates = run.restore(state)
+    for step in run.steps:
+        ...
+        run.save(step, updates, state)
+
+It holds no model and no optimizer, and trains nothing. All ranks must call its methods.
+"""
+
+import fcntl
+import math
+import shlex
+from pathlib import Path
+
+from minwurst.base.console import say
+from minwurst.base.errors import UserError
+from minwurst.base.ranks import rank, world_size
+from minwurst.base.settings import LoRASettings, facts_of, public
+from minwurst.edge import files, hub, models, run_file
+from minwurst.edge.card import BEFORE_AFTER
+from minwurst.run import checkpoint, estimate, trackers
+from minwurst.step import randomness
+from minwurst.step.distributed import on_main
+from minwurst.step.samples import BatchLayout
+
+FRESH = {"step": 0, "updates": 0, "seed": None, "settings": {}, "identity": {}}
+# The entries of an identity, for the message that refuses a change.
+MEANING = {
+    "global_batch": "the number of images per step (--train_batch_size × "
+    "--gradient_accumulation_steps × processes)",
+    "data": "the content of the data set (a fingerprint)",
+    "encoders": "the encoders' files (a fingerprint)",
+    "prior": "the prior (its sizes; for a LoRA, the fingerprint of its files)",
+}
+
+
+class Run:
+    """Attributes: settings, device, folder, seed, checkpoint (the folder to resume from, or None),
+    layout (how a step's batch is divided), and after `identify` also parts, identity, rows (how
+    many are trained on), last_step and steps (the range still to run).
+    """
+
+    def __init__(self, settings, device, folder, resumed, progress):
+        self.settings, self.device, self.folder = settings, device, folder
+        self.checkpoint, self.progress, self.seed = resumed, progress, settings.seed
+        batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
+        self.layout = BatchLayout(batch, accumulation, world_size())
+
+    @classmethod
+    def open(cls, settings, device):
+        """Claim the output folder and check all that can be checked before data and models.
+
+        Fills in settings.seed and settings.hub_model_id if they were left open.
+        """
+        folder = on_main(files.make_folder, settings.output_dir)
+        on_main(lock, folder)
+        resumed = on_main(checkpoint.find, settings.resume_from_checkpoint, folder)
+        progress = checkpoint.read_progress(resumed) if resumed else FRESH
+        settings.seed = on_main(randomness.choose_seed, settings.seed, progress["seed"])
+        run = cls(settings, device, folder, resumed, progress)
+        where = f"{world_size()} × {device.type}" if world_size() > 1 else device.type
+        say(f"minwurst on {where}, precision {settings.mixed_precision}, seed {run.seed}")
+        if device.type == "cpu":
+            say("No GPU found: on a CPU, the published prior can only be tried out.")
+        if resumed:
+            say(f"resuming from {resumed}")
+        on_main(trackers.check, settings.report_to)
+        if settings.push_to_hub:  # so that a wrong token fails now
+            settings.hub_model_id = on_main(
+                hub.make_repository, settings.hub_model_id or folder.resolve().name,
+                settings.hub_private, settings.hub_token,
+            )  # fmt: skip
+        run.changes = check_same_run(progress["settings"], public(settings))
+        return run
+
+    def identify(self, parts, data):
+        """Record what makes it this run, and the steps that follow; UserError if it is another.
+
+        parts: models.Parts. data: dataset.CaptionedImages.
+        """
+        text = parts.text
+        self.parts = parts
+        self.identity = {
+            "global_batch": self.layout.global_batch,
+            "data": data.fingerprint,
+            "encoders": on_main(
+                models.fingerprint, parts.image_encoder, text / "text_encoder", text / "tokenizer"
+            ),
+            # A checkpoint replaces the base's weights, but a LoRA is only an update to them.
+            "prior": on_main(models.fingerprint, parts.prior)
+            if isinstance(self.settings, LoRASettings)
+            else models.prior_sizes(parts.prior),
+            "world": world_size(),
+        }
+        for change in self.changes + check_same_run(self.progress["identity"], self.identity):
+            say(f"changed since the checkpoint: {change}")
+        on_main(checkpoint.set_aside_later, self.folder, self.progress["step"])
+
+        self.rows, self.last_step = len(data.rows), self.settings.max_train_steps
+        if self.last_step is None:
+            epochs = self.settings.num_train_epochs
+            self.last_step = math.ceil(epochs * self.rows / self.layout.global_batch)
+        self.steps = range(self.progress["step"] + 1, self.last_step + 1)
+        if not self.steps:
+            say(f"Step {self.progress['step']} is already done: raise --max_train_steps for more.")
+
+    def restore(self, state):
+        """Load the checkpoint, if any, into a State. Returns the number of updates so far."""
+        if self.checkpoint:
+            state.restore(*checkpoint.load(self.checkpoint))
+        return self.progress["updates"]
+
+    def positions(self):
+        """This rank's positions in the stream of samples: one range per micro-step to come."""
+        return (p for step in self.steps for p in self.layout.positions(step, rank()))
+
+    def announce(self, prior, source):
+        """Report what the run needs, refuse a disk that is too small, and write run.json."""
+        estimate.announce(self, prior, source)
+        self.id = on_main(run_file.write, self)
+
+    def is_save_due(self, step):
+        return step % self.settings.checkpointing_steps == 0 or step == self.last_step
+
+    def is_validation_due(self, step):
+        every, epochs = self.settings.validation_steps, self.settings.validation_epochs
+        every = every or max(1, round(epochs * self.rows / self.layout.global_batch))
+        return step % every == 0 or step == self.last_step
+
+    def save(self, step, updates, state):
+        """Write a checkpoint with everything that a resumed run needs, then rotate."""
+        tensors, numbers = state.collect()
+        progress = {
+            "step": step, "updates": updates, "seed": self.seed, "identity": self.identity,
+            "settings": public(self.settings), **numbers,
+        }  # fmt: skip
+        limit = self.settings.checkpoints_total_limit
+        on_main(checkpoint.save, self.folder, step, tensors, progress, limit)
+
+    def report(self, result):
+        """Say where everything is and how to generate more images."""
+        settings, images = self.settings, self.folder / "validation" / BEFORE_AFTER
+        say(f"done: {result}")
+        if images.is_file():
+            say(f"images before and after: {images}")
+        if settings.report_to in ("tensorboard", "all"):
+            say(f"log: tensorboard --logdir {self.folder / settings.logging_dir}")
+        kind = "lora" if Path(result).is_file() else "prior"
+        prompt = (settings.validation_prompts or ["a bear"])[0]
+        words = ["--prompt", prompt, f"--{kind}", str(self.folder)]
+        say(f"more images: python -m minwurst.sample {shlex.join(words)}")
+
+
+def lock(folder):
+    """Make this process the folder's only run until it ends; UserError if there is another.
+
+    The kernel holds the lock for this process and none of its children, and releases it when the
+    process ends, however it ends.
+    """
+    global lock_file  # open until the process ends, or locks another folder
+    lock_file = open(Path(folder) / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"--output_dir {folder}: another run is using it. Wait until it ends, or use another "
+            "folder."
+        ) from None
+    except OSError as error:  # a file system without locks
+        print(f"{folder} can't be locked ({error}): don't start a second run on it.", flush=True)
+
+
+def check_same_run(before, now):
+    """Lines that list what changed since a checkpoint; UserError for what must not change.
+
+    before, now: settings by name, or a run's identity. Batch size and paths may change as settings;
+    the identity makes sure that what they amount to has not changed.
+    """
+    may_change = {**facts_of(LoRASettings, "may_change"), "world": True}
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    for name in changed:
+        if not may_change.get(name):
+            raise UserError(
+                f"--resume_from_checkpoint: {MEANING.get(name, f'--{name}')} was {before[name]} "
+                f"and is now {now[name]}, which would be another run. Change it back, or use "
+                "another --output_dir."
+            )
+    listed = [name for name in changed if may_change[name] != "silently"]
+    return [f"{name} {before[name]} → {now[name]}" for name in listed]

@@ -1,0 +1,94 @@
+"""Trackers: TensorBoard and Weights & Biases."""
+
+import importlib.util
+
+import numpy as np
+
+from minwurst.base.console import say
+from minwurst.base.errors import UserError
+from minwurst.base.ranks import is_main
+
+
+class TensorBoard:
+    """A resumed run hides the entries after its checkpoint."""
+
+    def __init__(self, folder, first_step):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.writer = SummaryWriter(folder, purge_step=first_step)
+
+    def scalars(self, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def image(self, step, name, image):
+        self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """A resumed run continues under the id it had."""
+
+    def __init__(self, folder, project, run_id, settings):
+        import wandb  # optional; Settings.check has made sure that it is installed
+
+        self.wandb_image = wandb.Image
+        self.run = wandb.init(
+            project=project, dir=folder, id=run_id, resume="allow", config=settings
+        )
+        # wandb's own step counter only increases, and would drop what a resumed run logs again.
+        self.run.define_metric("*", step_metric="step")
+
+    def scalars(self, step, values):
+        self.run.log({**values, "step": step})
+
+    def image(self, step, name, image):
+        self.run.log({name: self.wandb_image(image), "step": step})
+
+    def close(self):
+        self.run.finish()
+
+
+def check(report_to):
+    """UserError if a tracker would ask for a login; better now than after loading the models."""
+    if report_to not in ("wandb", "all") or not importlib.util.find_spec("wandb"):
+        return
+    import wandb
+
+    try:
+        logged_in = wandb.setup().settings.mode != "online" or wandb.login(prompt=False)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError, ValueError):
+        logged_in = False
+    except wandb.errors.Error as error:  # the server is down; the tracker will be dropped
+        say(f"wandb: {error}")
+        logged_in = True
+    if not logged_in:
+        raise UserError(
+            f"--report_to {report_to}: no valid wandb login found. Run `wandb login`, or set "
+            "WANDB_API_KEY, or set WANDB_MODE=offline to log to disk only."
+        )
+
+
+def open_trackers(report_to, folder, first_step, project, run_id, settings):
+    """The trackers that --report_to names, as a list; empty on ranks that do not log.
+
+    folder: where they write. settings: as `public` gives them. "all" includes wandb if installed.
+    """
+    if not is_main() or report_to == "none":
+        return []
+    folder.mkdir(parents=True, exist_ok=True)  # otherwise wandb writes to a temporary folder
+    trackers, wanted = [], []
+    if report_to in ("tensorboard", "all"):
+        wanted.append((TensorBoard, folder, first_step))
+    if report_to == "wandb" or report_to == "all" and importlib.util.find_spec("wandb"):
+        wanted.append((WandB, folder, project, run_id, settings))
+    for kind, *options in wanted:
+        try:
+            trackers.append(kind(*options))
+        except Exception as error:  # a server that is down must not stop a run
+            say(f"{kind.__name__} did not start and is dropped: {error}")
+    return trackers

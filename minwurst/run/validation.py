@@ -1,0 +1,190 @@
+"""Validation before, during and after training: images of prompts, and the loss on held-out rows.
+
+    validate = Validation(run, data, source, EvaluationModel(prior, ema, autocast), log)
+    validate(step)                           # if it is due at this step
+
+The model is evaluated as its result will be used: averaged weights, no dropout. Validation has its
+own random streams, so the trained weights are bit-identical with and without it.
+"""
+
+import contextlib
+import json
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from minwurst.base.console import gib, say
+from minwurst.base.ranks import rank, world_size
+from minwurst.edge.card import BEFORE_AFTER
+from minwurst.edge.decoders import FullDecoder, PreviewDecoder
+from minwurst.edge.grids import grid, stack
+from minwurst.step import diffusion, distributed, randomness
+from minwurst.step.samples import batches
+
+
+class EvaluationModel:
+    """The prior as its result will be used.
+
+    with model.active():
+        predicted = model(noisy, t, **condition)
+    """
+
+    def __init__(self, prior, ema, autocast):
+        self.prior, self.ema, self.autocast = prior, ema, autocast
+
+    @contextlib.contextmanager
+    def active(self):
+        """Use as a context manager: averaged weights, evaluation mode, no gradients."""
+        training = self.prior.training
+        with self.ema.in_place(), torch.no_grad():
+            self.prior.eval()
+            try:
+                yield
+            finally:
+                self.prior.train(training)
+
+    def __call__(self, x, t, **condition):
+        with self.autocast:
+            return self.prior(x, t, **condition)
+
+
+class Validation:
+    """Calls its validators when validation is due. All ranks must call it."""
+
+    def __init__(self, run, data, source, model, log):
+        self.run, self.model, self.log, self.validators = run, model, log, []
+        if source.prompts:
+            training = source.samples(data.rows, run.seed)
+            self.validators.append(GenerateImages(run, source, training, log))
+        if len(data.held_out):
+            self.validators.append(HeldOutLoss(run, source, data.held_out, log))
+
+    def __call__(self, step):
+        if not self.validators or step and not self.run.is_validation_due(step):
+            return
+        with self.log.paused(), self.model.active():
+            for validator in self.validators:
+                validator(step, self.model)
+
+
+class GenerateImages:
+    """Generates one image per prompt, for `validation/step-000500.png` and the trackers.
+
+    An image's noise depends only on the seed and its prompt, so it is the same at every step and
+    whatever other prompts there are. Ranks share the generation of latents; the main rank decodes.
+    """
+
+    FIRST = "step-000000.png"
+
+    def __init__(self, run, source, training, log):
+        """training: Samples, to fit the preview decoder to."""
+        self.log, self.seed, self.folder = log, run.seed, run.folder / "validation"
+        self.prompts, self.conditions = list(source.prompts), source.prompts
+        size = run.settings.resolution // 32
+        distributed.on_main(self.load_decoder, run, source, training)
+        self.size = distributed.on_main(lambda: self.decode.latent_size(size))
+        if self.size != size:
+            say(
+                f"--resolution trains on {size}×{size} latents, which can't be decoded: images are "
+                f"generated at {self.size}×{self.size}."
+            )
+
+    def load_decoder(self, run, source, training):
+        if run.settings.validation_decoder == "preview":
+            self.decode = PreviewDecoder(training, source.encode)
+        else:
+            half = run.settings.mixed_precision != "no"
+            self.decode = FullDecoder(run.parts.decoder, run.device, half)
+        if self.decode.nbytes:
+            say(f"decoder: {gib(self.decode.nbytes)}, on the device only while it is used")
+
+    def __call__(self, step, model):
+        mine = {n: self.latents(model, self.prompts[n]).cpu()
+                for n in range(rank(), len(self.prompts), world_size())}  # fmt: skip
+        latents = {n: x for part in distributed.gather_objects(mine) for n, x in part.items()}
+        distributed.on_main(self.show, step, [latents[n] for n in range(len(self.prompts))])
+
+    def latents(self, model, prompt):
+        """One prompt's latents, (1, 16, h, w)."""
+        shape = (model.prior.config.c_in, self.size, self.size)
+        key = randomness.image_key(prompt, 0)
+        return generate_latents(model, self.conditions[prompt], shape, seed=self.seed, key=key)
+
+    def show(self, step, latents):
+        """Decode, and write the grid of images with their prompts."""
+        images = []
+        with self.decode.on_device():
+            for x, prompt in zip(latents, self.prompts, strict=True):
+                key = randomness.image_key(prompt, 0)
+                generator = randomness.decoding_generator(self.seed, key)
+                images.append(self.decode(x, prompt, generator))
+        title = f"step {step}" if step else "before training"
+        sheet = grid(images, self.prompts, title)
+        self.log.image(step, "validation", sheet)
+        file = self.folder / f"step-{step:06}.png"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            info = PngInfo()
+            info.add_itxt("prompts", json.dumps(self.prompts))
+            sheet.save(file, pnginfo=info)
+            both = self.folder / BEFORE_AFTER
+            if not step:
+                both.unlink(missing_ok=True)  # of an earlier run
+            elif (self.folder / self.FIRST).is_file():
+                with Image.open(self.folder / self.FIRST) as first:
+                    same = first.text.get("prompts") == json.dumps(self.prompts)
+                    stack([first, sheet] if same else [sheet]).save(both)
+        except OSError as error:  # a full disk, for example, is no reason to stop training
+            say(f"{file} was not written: {error}")
+        else:
+            say(f"images: {file}")
+
+
+def generate_latents(model, condition, shape, *, seed, key, guidance=4.0):
+    """One image's latents, (1, *shape) fp32, scaled as the prior's.
+
+    condition: {name: (2, …)}, of the prompt and the empty caption. key: from `image_key`.
+    """
+    device = next(iter(condition.values())).device
+    noise = randomness.sampling_noise(seed, key, shape).to(device)
+    return diffusion.sample(model, condition, noise, guidance)
+
+
+class HeldOutLoss:
+    """The plain squared error of the predicted noise on held-out rows, in each quarter of t.
+
+    Noise and times are fixed, and the objective of training does not matter: every sample is
+    measured at one time in each quarter of [0, 1]. The loss of runs on the same rows can be
+    compared; when it rises while the training loss falls, the prior overfits.
+    """
+
+    def __init__(self, run, source, rows, log):
+        self.source, self.log, self.count, self.device = source, log, len(rows), run.device
+        self.batch, self.workers = run.layout.batch, run.settings.dataloader_num_workers
+        self.samples = source.samples(rows, randomness.held_out_seed(run.seed))
+
+    def __call__(self, step, model):
+        starts = range(0, self.count, self.batch)[rank() :: world_size()]
+        parts = [range(start, min(start + self.batch, self.count)) for start in starts]
+        sums = torch.zeros(4, device=self.device)
+        seed = self.samples.seed
+        for batch in batches(self.samples, parts, self.workers):
+            latents, condition = self.source.encode(batch)
+            positions, device = batch["positions"], latents.device
+            uniform = randomness.uniform(seed, positions, device)
+            noise = randomness.noise(seed, positions, latents.shape[1:], device)
+            for quarter in range(4):
+                t = (quarter + uniform) / 4                                          # (B,)
+                noisy = diffusion.add_noise(latents, noise, t)
+                predicted = diffusion.predicted_noise(model(noisy, t, **condition), noisy, t)
+                error = (predicted - noise).square().mean(dim=(1, 2, 3))             # (B,)
+                sums[quarter] += error.sum()
+        ranks = distributed.all_gather(sums)
+        quarters = [sum(parts) / self.count for parts in zip(*ranks, strict=True)]
+        values = {"validation_loss": sum(quarters) / 4}
+        for quarter, value in enumerate(quarters):
+            values[f"validation_loss/t_{quarter / 4:.2f}_{quarter / 4 + 0.25:.2f}"] = value
+        self.log.scalars(step, values)
+        listed = ", ".join(f"{value:.5f}" for value in quarters)
+        say(f"held out at step {step}: loss {values['validation_loss']:.5f} ({listed})")

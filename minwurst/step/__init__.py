@@ -1,0 +1,1 @@
+"""One training step: everything the loop calls."""

@@ -1,0 +1,138 @@
+"""The diffusion process of Würstchen's Stage C and its objective, forward and backward.
+
+    noisy = add_noise(latents, noise, t)                    # what the loop trains on
+    error = (prior(noisy, t, **condition) - target(latents, noise, t)).square()
+    latents = sample(prior, condition, noise)               # from noise to the latents of an image
+
+Time runs from t = 0, the clean latents, to t = 1, pure noise. ᾱ(t) is the fraction of the signal's
+variance that is left at t (Nichol, Dhariwal 2021, arXiv 2102.09672, eq. 17), and ᾱ/(1−ᾱ) is the
+signal-to-noise ratio (SNR). Training draws t at random; sampling walks from 1 to 0.
+
+The network predicts the noise ε, not the clean latents (Ho, Jain, Abbeel 2020, arXiv 2006.11239,
+eq. 14): ε has unit variance at every t, so one loss fits all times, and predicting zero costs
+exactly 1. Everything here is fp32: in bf16, t = 0.999 and t = 1 are the same number.
+
+To train another prediction, change PREDICTION, `target` and `predicted_noise`: the loop, the
+held-out loss and the sampler all use these.
+"""
+
+import math
+
+import torch
+
+PREDICTION = "epsilon"
+S = 0.008  # offset of the schedule; without it the noise near t = 0 would be too small to matter
+# The image encoder's outputs have a standard deviation of about 42 (measured: 53), and diffusion
+# wants about 1, because the noise has 1.
+LATENT_SCALE, LATENT_SHIFT = 42.0, 1.0
+
+
+def scale_latents(encoded):
+    """From the image encoder's output to what the prior works on: z = (x + 1) / 42."""
+    return (encoded + LATENT_SHIFT) / LATENT_SCALE
+
+
+def unscale_latents(latents):
+    """The inverse, which the decoder takes: x = 42·z − 1."""
+    return latents * LATENT_SCALE - LATENT_SHIFT
+
+
+def alpha_bar(t):
+    """ᾱ(t) = cos²((t+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2), within [1e-4, 0.9999]. t: (B,) fp32."""
+    start = math.cos(S / (1 + S) * math.pi / 2) ** 2
+    return (torch.cos((t + S) / (1 + S) * math.pi / 2) ** 2 / start).clamp(1e-4, 0.9999)
+
+
+def per_sample(values, like):
+    """(B,) → (B, 1, 1, 1), to broadcast against latents."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+# ---- The objective: which times, what is predicted, how much an error counts.
+
+
+def timesteps(uniform, sampling):
+    """Timesteps (B,) from uniform numbers (B,).
+
+    "uniform": t = U. "wuerstchen": the authors' t = 1.08·(1 − U) + 0.001, within [0.001, 1], which
+    makes one sample in 13 pure noise, where sampling starts.
+    """
+    if sampling == "uniform":
+        return uniform
+    assert sampling == "wuerstchen", sampling
+    return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+
+def add_noise(latents, noise, t):
+    """q(x_t | x_0) in closed form: √ᾱ·x + √(1−ᾱ)·ε (DDPM, eq. 4). Shapes stay."""
+    signal = per_sample(alpha_bar(t), latents)                                     # (B, 1, 1, 1)
+    return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+
+def target(latents, noise, t):
+    """What the network learns to predict."""
+    return noise
+
+
+def predicted_noise(output, noisy, t):
+    """The noise that follows from the network's output, in fp32."""
+    return output.float()
+
+
+def loss_weight(t, weighting):
+    """The weight of a sample's squared error, (B,). "none": 1. "p2": 1/(1+SNR), here 1 − ᾱ.
+
+    p2 (Choi et al. 2022, arXiv 2204.00227, with k = γ = 1) lowers the weight of nearly clean
+    latents, where little is left to learn.
+    """
+    if weighting == "none":
+        return torch.ones_like(t)
+    assert weighting == "p2", weighting
+    return 1 - alpha_bar(t)
+
+
+# ---- Sampling: the process backward.
+
+
+def reverse_step(x, noise, t, t_next, z):
+    """From x at time t to a sample at the earlier time t_next (DDPM, eq. 7 and 11, any distance).
+
+    x, noise (predicted), z (fresh standard normal noise): (B, 16, H, W). t, t_next: (B,) fp32. The
+    last step, to t_next = 0, adds no noise.
+    """
+    now, after = per_sample(alpha_bar(t), x), per_sample(alpha_bar(t_next), x)
+    alpha = now / after                                           # what this one step keeps of x
+    mean = (x - (1 - alpha) / (1 - now).sqrt() * noise) / alpha.sqrt()
+    spread = ((1 - alpha) * (1 - after) / (1 - now)).sqrt()
+    return mean + spread * z * per_sample((t_next != 0).float(), x)
+
+
+def sampling_times():
+    """The 30 times that sampling visits, (30,): 20 in the noisiest third, 10 more down to 0.
+
+    An image's composition is settled early, which is why the authors take small steps there. The
+    published pipelines call these times DEFAULT_STAGE_C_TIMESTEPS.
+    """
+    noisiest = torch.linspace(1, 2 / 3, 20, dtype=torch.float64)
+    rest = torch.linspace(2 / 3, 0, 11, dtype=torch.float64)
+    return torch.cat([noisiest, rest[1:]]).float()
+
+
+@torch.no_grad()
+def sample(model, condition, noise, guidance=4.0):
+    """Generate latents (B, 16, H, W), scaled as the prior's, from noise at t = 1.
+
+    model(x, t, **condition): the prior. condition: {name: (2B, …)}, the rows of B prompts followed
+    by those of B empty captions. noise: (30, B, 16, H, W) fp32, the start and then the fresh noise
+    of each of the 29 steps (the last is not used). guidance: 1 follows the prompt as trained; above
+    1 exaggerates the difference that the prompt makes to the prediction (Ho, Salimans 2022, arXiv
+    2207.12598, eq. 6 with w = guidance − 1).
+    """
+    times = sampling_times().to(noise.device)                                        # (30,)
+    x = noise[0]                                                                # (B, 16, H, W)
+    for t, t_next, z in zip(times[:-1], times[1:], noise[1:], strict=True):
+        t, t_next = t.expand(len(x)), t_next.expand(len(x))                          # (B,)
+        both, twice = torch.cat([x, x]), torch.cat([t, t])                # (2B, 16, H, W), (2B,)
+        with_text, without = predicted_noise(model(both, twice, **condition), both, twice).chunk(2)
+        x = reverse_step(x, without + guidance * (with_text - without), t, t_next, z)
+    return x

@@ -1,0 +1,83 @@
+"""The two frozen encoders: what turns images and captions into what the prior works on.
+
+    latents, condition = encoders.encode(batch)      # (B, 16, h, w), {"text": (B, 77, D)}
+
+The condition is a dict that is passed on unread, to the cache, the loop, the sampler and finally
+the network as keyword arguments: model(noisy, t, **condition).
+"""
+
+import functools
+
+import torch
+
+from minwurst.base.console import say
+from minwurst.step import diffusion
+from minwurst.step.transfer import to_device
+
+
+class Encoders:
+    """The text encoder and the image encoder, each loaded when it is first needed."""
+
+    def __init__(self, load_text, load_image, device):
+        """load_text: () → (tokenizer, text encoder). load_image: () → image encoder."""
+        self.load_text, self.load_image, self.device = load_text, load_image, device
+
+    @functools.cached_property
+    def text(self):
+        """(tokenizer, text encoder on the device)."""
+        tokenizer, text_encoder = self.load_text()
+        return tokenizer, text_encoder.to(self.device)
+
+    @functools.cached_property
+    def image(self):
+        """The image encoder on the device, fp32 as its authors used it."""
+        return self.load_image().to(self.device)
+
+    def encode(self, batch):
+        """(latents, condition) of a batch, on the device."""
+        return self.latents(batch["pixels"]), self.condition(batch["captions"])
+
+    @torch.no_grad()
+    def latents(self, pixels):
+        """Images (B, 3, R, R) → (B, 16, R/32, R/32) fp32, scaled as the prior's."""
+        pixels = to_device(pixels, self.device)
+        # A CPU is twice as fast one by one, while a layer's output is still in its caches.
+        parts = pixels.split(1 if self.device.type == "cpu" else len(pixels))
+        encoded = torch.cat([self.image(part) for part in parts]).contiguous()
+        return diffusion.scale_latents(encoded)
+
+    def condition(self, captions):
+        """B captions → {"text": the text encoder's states (B, 77, D), in its type}."""
+        return {"text": encode_text(*self.text, captions)}
+
+    def report_truncated(self, prompts):
+        """Report prompts that are longer than the text encoder's context."""
+        tokenizer = self.text[0]
+        for prompt in prompts:
+            count = len(tokenizer(prompt, verbose=False).input_ids)
+            most = tokenizer.model_max_length
+            if count > most:
+                say(f"The prompt “{prompt[:40]}…” has {count} tokens; only {most} are read.")
+
+    def unload(self):
+        """Free their memory. What is needed again is loaded again."""
+        for name in ("text", "image"):
+            self.__dict__.pop(name, None)
+
+
+@torch.no_grad()
+def encode_text(tokenizer, text_encoder, captions):
+    """Captions → the text encoder's last hidden states, (B, 77, D), in its type.
+
+    Padding is masked, as it is in sampling. Captions are truncated to 77 tokens.
+    """
+    tokens = tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    device = text_encoder.device
+    ids, mask = (to_device(t, device) for t in (tokens.input_ids, tokens.attention_mask))
+    return text_encoder(ids, attention_mask=mask).last_hidden_state

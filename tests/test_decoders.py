@@ -1,0 +1,217 @@
+"""Latents to pictures: the decoder beside diffusers', the preview on a linear world, the grids."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minwurst import pipelines, sample
+from minwurst.base.errors import UserError
+from minwurst.base.settings import parse
+from minwurst.edge import grids, lora_file, models
+from minwurst.edge.decoders import FullDecoder, PreviewDecoder
+from minwurst.lora import merge
+from minwurst.step import adapter, diffusion, images, randomness
+from minwurst.step.encoders import encode_text
+from tests.conftest import relative, train_here
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder(wuerstchen):
+    return FullDecoder(wuerstchen / "decoder", CPU)
+
+
+def test_cells_are_the_nearest_that_decode(decoder):
+    for wanted in range(1, 41):
+        found = decoder.latent_size(wanted)
+        assert found % 3 == 0 and found > 0 and (abs(found - wanted) <= 1 or wanted == 1)
+    for cells in range(1, 10):
+        latents, generator = torch.zeros(1, 16, cells, cells), torch.Generator()
+        if cells % 3:
+            with pytest.raises(RuntimeError):
+                decoder(latents, "", generator)
+        else:
+            side = cells * 128 // 3
+            assert decoder(latents, "", generator).size == (side, side)
+
+
+def test_it_decodes_what_the_pipeline_does(decoder):
+    latents = torch.randn(1, 16, 3, 3) / 42
+    found = decoder(latents, "a bear", torch.Generator().manual_seed(3))
+    expected = decoder.pipeline(
+        latents * 42 - 1, "a bear", num_inference_steps=12, guidance_scale=0.0,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    assert found.tobytes() == expected.tobytes()
+    other = decoder(latents + 0.1, "a bear", torch.Generator().manual_seed(3))
+    assert other.tobytes() != found.tobytes()
+
+
+def test_ready_pipelines_draw_what_we_draw(wuerstchen, tmp_path):
+    """pipelines.load with a LoRA at half strength equals our prior with the adapters in it."""
+    train_here(wuerstchen, tmp_path, "lora.py", learning_rate=0.1)
+    prior, decoder = pipelines.load(
+        str(wuerstchen), str(wuerstchen / "decoder"), lora=tmp_path, lora_scale=0.5
+    )
+    ours = models.load_prior(wuerstchen).eval()
+    text = encode_text(prior.tokenizer, prior.text_encoder, ["a bear", ""])
+    noise = randomness.sampling_noise(0, randomness.image_key("a bear", 0), (16, 3, 3))
+    found = diffusion.sample(lambda x, t, c: prior.prior(x, t, c), {"c": text}, noise)
+    base = diffusion.sample(ours, {"text": text}, noise)
+    lora_file.load(ours, tmp_path)
+    adapter.set_scale(ours, 0.5)
+    assert relative(found, diffusion.sample(ours, {"text": text}, noise)) < 1e-5
+    assert relative(found, base) > 1e-3
+    latents = prior("a bear", height=128, width=128, num_inference_steps=2).image_embeddings
+    assert decoder(latents, "a bear").images[0].size == (128, 128)
+
+
+def test_the_preview_recovers_a_linear_world():
+    """Where latents hold each cell's colour and its slope, the map finds the pixels again."""
+    numbers = np.random.default_rng(0)
+    world = torch.from_numpy(numbers.random((40, 3, 4, 4), dtype=np.float32))
+
+    def encode(samples):
+        encoded = torch.zeros(len(samples["positions"]), 16, 4, 4)
+        encoded[:, :3] = world[samples["positions"]] * 5 + 2
+        return diffusion.scale_latents(encoded), None
+
+    class Pairs(torch.utils.data.Dataset):
+        rows = range(40)
+
+        def __getitem__(self, position):
+            plain = world[position].repeat_interleave(32, 1).repeat_interleave(32, 2)
+            mean, std = (
+                torch.from_numpy(numbers)[:, None, None]
+                for numbers in (images.IMAGENET_MEAN, images.IMAGENET_STD)
+            )
+            return {"pixels": (plain - mean) / std, "captions": "", "positions": position}
+
+    preview = PreviewDecoder(Pairs(), encode)
+    latents = encode({"positions": [7]})[0]
+    found = np.asarray(preview(latents, "", None), dtype=np.float32) / 255
+    expected = world[7].repeat_interleave(8, 1).repeat_interleave(8, 2).permute(1, 2, 0).numpy()
+    assert found.shape == (32, 32, 3)
+    assert np.abs(found - expected).max() < 0.03  # a little ridge, eight bits
+
+
+def test_a_grid_holds_every_picture_and_its_words():
+    colours = ["red", "green", "blue", "yellow", "black"]
+    tiles = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    sheet = grids.grid(tiles, colours, "title")
+    seen = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= seen
+    assert sheet.width > sheet.height  # five in rows of three
+    plain = np.asarray(grids.grid(tiles[:1], [""])).min(axis=2)
+    written = np.asarray(grids.grid(tiles[:1], ["what it shows"])).min(axis=2)
+    assert (written[200:] < 128).sum() > (plain[200:] < 128).sum()
+    two = grids.grid(tiles[:2], ["first", "second one"])
+    for place, words in enumerate(["first", "second one"]):  # each under its own picture
+        one = grids.grid([tiles[place]], [words])
+        left = 8 + place * 200
+        assert (
+            two.crop((left, 8, left + 192, two.height)).tobytes()
+            == one.crop((8, 8, 200, one.height)).tobytes()
+        )
+
+
+@pytest.mark.parametrize("text", ["word " * 200, "W" * 400, "", "x", "ёж и медведь", "熊" * 50])
+def test_captions_stay_under_their_picture(text):
+    tile = Image.new("RGB", (192, 192), "red")
+    sheet = np.asarray(grids.grid([tile, tile], [text, ""]))
+    assert sheet.shape[1] == 408 and sheet.shape[0] < 300
+    assert (sheet[202:, 204:] == 255).all()  # nothing under the second
+
+
+def test_sampling_takes_what_it_lacks_from_the_run(wuerstchen, tmp_path, monkeypatch):
+    """From the folder, or the file in it; never from where one happens to stand."""
+    run = train_here(
+        wuerstchen, tmp_path / "run", "lora.py",
+        pretrained_decoder_model_name_or_path=wuerstchen / "decoder", resolution=96,
+    )  # fmt: skip
+    of_folder = sampled(tmp_path / "a", "--prompt=a bear", f"--lora={run}")
+    of_file = sampled(tmp_path / "b", "--prompt=a bear", f"--lora={run / lora_file.FILE}")
+    assert pixels(of_folder[0]) == pixels(of_file[0])
+    monkeypatch.chdir(run)
+    assert sample.of_a_run(None) == {}
+    with pytest.raises(UserError, match="prior/config.json is missing"):
+        sampled(tmp_path / "c", "--prompt=a bear", f"--prior={run}")
+
+
+def sampled(tmp_path, *words):
+    """Run `python -m minwurst.sample` here. Returns the picture files in order."""
+    output = tmp_path / "out" / "x.png"
+    sample.main(parse(sample.SampleSettings, [*words, f"--output={output}"]))
+    return sorted(output.parent.glob("x-*.png"), key=lambda f: int(f.stem.split("-")[1])) or [
+        output
+    ]
+
+
+def pixels(file):
+    with Image.open(file) as opened:
+        return opened.tobytes()
+
+
+def test_scales_of_a_lora_side_by_side(wuerstchen, tmp_path):
+    run = train_here(
+        wuerstchen, tmp_path / "run", "lora.py", learning_rate=0.1,
+        pretrained_decoder_model_name_or_path=wuerstchen / "decoder",
+    )  # fmt: skip
+    words = ["--prompt", "a bear", "a car", f"--lora={run}", "--resolution=96"]
+    found = [pixels(file) for file in sampled(tmp_path, *words, "--lora_scale", "0", "1")]
+    assert len(found) == 4
+    with Image.open(tmp_path / "out/x.png") as sheet:
+        assert sheet.width < sheet.height  # a row a prompt, a column a scale
+    base = ["--prompt=a car", f"--prior={wuerstchen}", f"--decoder={wuerstchen / 'decoder'}"]
+    assert [found[2]] == [pixels(f) for f in sampled(tmp_path / "base", *base, "--resolution=96")]
+    assert found[3] != found[2]
+    whole = shutil.copytree(wuerstchen, tmp_path / "whole")
+    shutil.rmtree(whole / "prior")
+    merge(run / lora_file.FILE, str(wuerstchen), whole / "prior", 1.0)
+    words = [*words[:3], f"--prior={whole}", base[2], words[-1]]
+    merged = sampled(tmp_path / "m", *words)
+    for one, other in zip(found[1::2], map(pixels, merged), strict=True):
+        apart = np.frombuffer(one, np.uint8).astype(int) - np.frombuffer(other, np.uint8)
+        assert abs(apart).max() <= 2  # B·A is added in another order
+
+
+def test_numbers_and_guidance(wuerstchen, tmp_path):
+    base = [f"--prior={wuerstchen}", f"--decoder={wuerstchen / 'decoder'}", "--resolution=96"]
+    three = sampled(tmp_path / "3", "--prompt=a bear", *base, "--num_images=3")
+    one = sampled(tmp_path / "1", "--prompt=a bear", *base)
+    assert [pixels(three[0])] == [pixels(file) for file in one]
+    assert len({pixels(file) for file in three}) == 3
+    other = sampled(tmp_path / "g", "--prompt=a bear", *base, "--guidance_scale=40")
+    assert pixels(other[0]) != pixels(one[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--prompt is missing"),
+        (["--prompt=x", "--prior=nowhere/at/all"], "--prior nowhere/at/all: no such"),
+        (["--prompt=x", "--prior=WUERSTCHEN"], "--decoder warp-ai/wuerstchen: no such folder"),
+        (
+            ["--prompt=x", "--prior=WUERSTCHEN", "--decoder=WUERSTCHEN"],
+            "not a complete decoder folder",
+        ),
+        (["--prompt=x", "--lora_scale=2"], "--lora_scale needs a --lora"),
+        (["--prompt=x", "--output=x.jpg"], "must end in .png"),
+        (["--prompt=x", "--num_images=0"], "--num_images is 0"),
+        (["--prompt=x", "--resolution=8"], "--resolution is 8"),
+        (["--prompt=x", "--output=/proc/x/y.png"], "--output /proc/x can't be written"),
+        (
+            ["--prompt=x", "--prior=WUERSTCHEN", "--decoder=WUERSTCHEN/decoder", "--lora=nowhere"],
+            "LoRA nowhere: no such file",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(wuerstchen, tmp_path, monkeypatch, words, said):
+    words = [word.replace("WUERSTCHEN", str(wuerstchen)) for word in words]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        sample.main(parse(sample.SampleSettings, words))

@@ -1,0 +1,106 @@
+"""What a run announces beforehand, against what it then takes."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from minwurst.base.errors import UserError
+from minwurst.run import estimate
+from minwurst.step import adapter
+from tests import tiny
+from tests.conftest import train_here
+
+CONFIG = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 5, "nhead": 4, "dropout": 0.1}
+
+
+def kept_for_real(recompute, compute_type, adapt=None):
+    """Bytes of the distinct tensors that autograd keeps of a real forward pass, weights apart."""
+    prior = tiny.make_prior(**CONFIG).train()
+    if adapt:
+        adapt(prior.to(compute_type))
+    prior.gradient_checkpointing = recompute
+    weights = {weight.untyped_storage().data_ptr() for weight in prior.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage  # alive, so that no address comes twice
+        return tensor
+
+    inputs = torch.randn(3, 16, 6, 6), torch.rand(3), torch.randn(3, 77, 32, dtype=compute_type)
+    autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
+    with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
+        prior(*inputs)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("compute_type", [torch.float32, torch.bfloat16])
+def test_activations_are_those_of_a_real_pass(compute_type):
+    counted = estimate.activations(
+        CONFIG, batch=3, latent_size=6, compute_type=compute_type, gradient_checkpointing=False
+    )
+    assert counted == pytest.approx(kept_for_real(False, compute_type), rel=0.02)
+
+
+def test_activations_of_adapters_are_those_of_a_real_pass():
+    """Frozen weights in bf16 are no copies, and frozen layers keep less."""
+
+    def adapt(prior):
+        return adapter.add_adapters(prior, 4, 4, ["attention"])
+
+    adapted, full = (
+        estimate.activations(
+            CONFIG,
+            batch=3,
+            latent_size=6,
+            compute_type=torch.bfloat16,
+            gradient_checkpointing=False,
+            adapt=a,
+        )
+        for a in (adapt, None)
+    )
+    assert adapted == pytest.approx(kept_for_real(False, torch.bfloat16, adapt), rel=0.02)
+    assert adapted < full
+
+
+def test_recomputing_counts_what_it_keeps_and_one_triple_of_blocks():
+    counted, plain = (
+        estimate.activations(
+            CONFIG, batch=3, latent_size=6, compute_type=torch.float32,
+            gradient_checkpointing=recompute,
+        )
+        for recompute in (True, False)
+    )
+    kept = kept_for_real(True, torch.float32)
+    assert kept < counted < kept + plain / 4  # 5 triples: one is less than a quarter
+
+
+def test_memory_sums():
+    half = {"compute_type": torch.bfloat16, "gradient_checkpointing": True}
+    full = estimate.memory(1000, 1000, **half, use_8bit_adam=False, use_ema=True)
+    assert full == {
+        "weights": 4000, "gradients": 4000, "Adam": 8000, "EMA": 4000,
+        "half-precision copies of weights": 2000,
+    }  # fmt: skip
+    some = estimate.memory(1000, 10, **half, use_8bit_adam=True, use_ema=False, encoders=7)
+    assert some == {
+        "weights": 2020, "gradients": 40, "Adam": 20, "half-precision copies of weights": 20,
+        "encoders": 7,
+    }  # fmt: skip
+
+
+def test_the_announced_checkpoint_is_the_written_one(wuerstchen, tmp_path, capsys):
+    out = train_here(wuerstchen, tmp_path, use_ema=True)
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("disk: "))
+    announced = float(said.split()[1])
+    written = sum(file.stat().st_size for file in (out / "checkpoint-4").iterdir()) / 2**20
+    assert announced == pytest.approx(written, rel=0.1)
+
+
+def test_a_disk_too_small_is_refused_before_training(wuerstchen, tmp_path, monkeypatch):
+    usage = estimate.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: usage._replace(free=10000))
+    with pytest.raises(UserError, match="0.0 MiB free, too little for a checkpoint of 1.4 MiB"):
+        train_here(wuerstchen, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))

@@ -1,0 +1,228 @@
+"""Trackers hold the run, run.json describes it, and a tracker that fails stops nothing."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from minwurst.base.errors import UserError
+from minwurst.base.settings import Settings, parse
+from minwurst.edge import run_file
+from minwurst.run import trackers
+from minwurst.run.log import Log
+from tests.conftest import ROOT, command, flags, train_here
+
+TOKEN = "hf_" + "secret" * 5
+
+
+@pytest.fixture(scope="module")
+def all_trackers(wuerstchen, tmp_path_factory):
+    """The output folder of a run that reports to TensorBoard and to wandb, and what it printed."""
+    folder = tmp_path_factory.mktemp("all") / "run"
+    words = flags(
+        wuerstchen, folder, report_to="all", logging_steps=2, validation_split=0.1,
+        validation_prompt="a bear", validation_steps=2, hub_token=TOKEN,
+        pretrained_decoder_model_name_or_path=wuerstchen / "decoder",
+    )  # fmt: skip
+    _, printed = command(sys.executable, "train.py", *words, WANDB_MODE="offline")
+    return folder, printed
+
+
+def test_tensorboard_holds_numbers_and_pictures(all_trackers):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(all_trackers[0] / "logs"), size_guidance={"images": 0})
+    log.Reload()
+    assert set(log.Tags()["scalars"]) == {
+        "loss", "learning_rate", "gradient_norm", "pictures_per_second", "memory_gib",
+        "validation_loss", "validation_loss/t_0.00_0.25", "validation_loss/t_0.25_0.50",
+        "validation_loss/t_0.50_0.75", "validation_loss/t_0.75_1.00",
+    }  # fmt: skip
+    assert [event.step for event in log.Scalars("loss")] == [2, 4]
+    assert [event.step for event in log.Scalars("validation_loss")] == [0, 2, 4]
+    assert 0.1 < log.Scalars("memory_gib")[0].value < 20
+    shown = log.Images("validation")
+    assert [event.step for event in shown] == [0, 2, 4]
+    assert shown[-1].width >= 192 and shown[-1].encoded_image_string.startswith(b"\x89PNG")
+
+
+def wandb_records(file):
+    """W&B's file is LevelDB's log: 7 bytes, then blocks of 32 KiB with records in pieces."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_wandb_holds_the_run_offline(all_trackers):
+    folder, _ = all_trackers
+    run = json.loads((folder / "run.json").read_text())
+    (file,) = (folder / "logs/wandb").glob("offline-run-*/*.wandb")
+    assert file.name == f"run-{run['id']}.wandb"
+    records = list(wandb_records(file))
+    (told,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert told.project == "text2image-fine-tune"
+    configured = {item.key: json.loads(item.value_json) for item in told.config.update}
+    assert configured["learning_rate"] == 1e-3 and "hub_token" not in configured
+    rows = [
+        {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows if "validation/path" in row] == [0, 2, 4]
+    assert len(list(file.parent.glob("files/media/images/*.png"))) == 3
+
+
+def test_the_token_is_nowhere(all_trackers):
+    folder, printed = all_trackers
+    assert TOKEN not in printed
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 20
+    assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
+
+
+def test_the_token_is_in_no_traceback_and_no_listing(wuerstchen, tmp_path, capsys):
+    words = [*flags(wuerstchen, tmp_path), f"--hub_token={TOKEN}"]
+    code = (
+        "import sys, train\nfrom minwurst.base.settings import Settings, from_command_line\n"
+        "from minwurst.edge import dataset, hub\nfrom minwurst.step import distributed\n"
+        "def fail(*_):\n    raise RuntimeError(f'{settings} {sys.argv}')\n"
+        "dataset.find = fail\ninner = train.main\n"
+        "def main(given):\n    global settings\n    settings = given\n    inner(given)\n"
+        "distributed.run(main, from_command_line(Settings), hub.push_result)"
+    )
+    status, printed = command(sys.executable, "-c", code, *words, check=False)
+    assert status == 1 and "RuntimeError: Settings(" in printed and "--hub_token=***" in printed
+    assert TOKEN not in printed
+    words[-1] = f"--hub_tokn={TOKEN}"
+    status, printed = command(sys.executable, "train.py", *words, check=False)
+    assert status == 2 and "unknown flag --hub_tokn; did you mean --hub_token?" in printed
+    assert TOKEN not in printed
+    words[-1:] = ["--push_to_hub", TOKEN]
+    with pytest.raises(SystemExit):
+        parse(Settings, words)
+    printed = capsys.readouterr().err
+    assert "found a value without a flag" in printed and TOKEN not in printed
+
+
+def test_run_json_describes_the_run(wuerstchen, tmp_path):
+    train_here(wuerstchen, tmp_path, max_train_steps=1)
+    first = json.loads((tmp_path / "run.json").read_text())
+    train_here(wuerstchen, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["id"] == first["id"] and (first["steps"], run["steps"]) == (1, 2)
+    assert [start["resumed_from"] for start in run["starts"]] == [None, "checkpoint-1"]
+    assert run["starts"][0] == first["starts"][0]
+    assert run["starts"][0]["torch"] == torch.__version__
+    assert run["settings"]["seed"] == 7 and len(run["identity"]["data"]) == 16
+    (tmp_path / "run.json").write_text("{ cut off")  # it stops no run
+    train_here(wuerstchen, tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2  # as far as it has come
+    # Its settings are enough to repeat it.
+    words = [f"--{name}={run['settings'][name]}" for name in ("seed", "resolution")]
+    assert parse(Settings, ["--train_data_dir=x", *words]).resolution == 64
+
+
+def test_the_commit_of_the_code_is_known(tmp_path):
+    git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@example.com"]
+    assert run_file.git_commit(tmp_path / "nowhere") is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    commit = run_file.git_commit(tmp_path)
+    assert len(commit) == 40
+    (tmp_path / "new").touch()
+    assert run_file.git_commit(tmp_path) == f"{commit} with changes"
+    if (ROOT / ".git").exists():
+        assert len(run_file.git_commit(ROOT / "minwurst").split()[0]) == 40
+
+
+def test_a_tracker_that_fails_is_left_out(capsys):
+    class Broken(trackers.TensorBoard):
+        def __init__(self):
+            pass
+
+        def scalars(self, step, values):
+            raise OSError("No space left on device")
+
+    class Whole(Broken):
+        got = []
+
+        def scalars(self, step, values):
+            self.got.append((step, sorted(values)))
+
+        def close(self):
+            self.got.append("closed")
+
+    log = Log([Broken(), Whole()], every=1, steps=range(1, 3), global_batch=1)
+    for step in (1, 2):
+        log.step(step, torch.tensor(1.0), torch.tensor(1.0), 0.1)
+    log.close()
+    printed = capsys.readouterr().out
+    assert printed.count("Broken failed and is dropped: No space left") == 1
+    assert [got[0] for got in Whole.got[:2]] == [1, 2] and Whole.got[2] == "closed"
+
+
+def test_time_spent_on_validation_is_no_training_time():
+    log = Log([], every=1, steps=range(1, 2), global_batch=1)
+    before = log.start
+    with log.paused():
+        start = time.perf_counter()
+        time.sleep(0.05)
+    assert log.start - before >= 0.05 <= time.perf_counter() - start
+
+
+def test_wandb_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--report_to wandb needs a package: pip install wandb"):
+        parse(Settings, ["--train_data_dir=x", "--report_to=wandb"])
+    parse(Settings, ["--train_data_dir=x", "--report_to=all"])  # takes what there is
+    trackers.check("all")
+
+
+def test_wandb_without_a_login_is_said_before_anything_is_loaded(wuerstchen, tmp_path):
+    words = flags(wuerstchen, tmp_path / "out", report_to="wandb", train_data_dir="nowhere")
+    for key in ("", "no key at all"):
+        quiet = {"WANDB_MODE": "online", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
+        code, printed = command(sys.executable, "train.py", *words, check=False, **quiet)
+        assert code == 2 and "Traceback" not in printed
+        assert "train.py: --report_to wandb: no valid wandb login found." in printed
+
+
+def test_a_tracker_that_does_not_start_is_left_out(tmp_path, monkeypatch, capsys):
+    def down(*_):
+        raise RuntimeError("the server is down")
+
+    monkeypatch.setattr(trackers.WandB, "__init__", down)
+    opened = trackers.open_trackers("all", tmp_path, 1, "project", "0", {})
+    assert [type(tracker) for tracker in opened] == [trackers.TensorBoard]
+    assert "WandB did not start and is dropped: the server is down" in capsys.readouterr().out
+
+
+def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    trackers.TensorBoard(str(tmp_path), first_step=5).close()
+    (file,) = tmp_path.iterdir()
+    told = [event for event in EventFileLoader(str(file)).Load() if event.HasField("session_log")]
+    assert [event.step for event in told] == [5]
+
+
+def test_no_tracker_at_all(wuerstchen, tmp_path):
+    train_here(wuerstchen, tmp_path, max_train_steps=1)
+    assert not (tmp_path / "logs").exists()

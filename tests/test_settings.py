@@ -1,0 +1,121 @@
+"""The command line: the seed's command and the reference's flags; mistakes in one line each."""
+
+import importlib.util
+import shlex
+
+import pytest
+
+from minwurst.base.errors import UserError
+from minwurst.base.settings import Settings, from_command_line, parse, public
+from minwurst.step import distributed
+
+DATA = ["--train_data_dir=pictures"]
+
+
+def test_the_seeds_command_parses():
+    words = shlex.split(
+        """--mixed_precision="fp16" --dataset_name=lambdalabs/naruto-blip-captions --resolution=768
+        --train_batch_size=4 --gradient_accumulation_steps=4 --gradient_checkpointing
+        --dataloader_num_workers=4 --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1
+        --checkpoints_total_limit=3 --lr_scheduler="constant" --lr_warmup_steps=0
+        --validation_prompts="A robot naruto, 4k photo" --report_to="wandb" --push_to_hub
+        --output_dir="wuerstchen-prior-naruto-model" """
+    )
+    settings = parse(Settings, words)
+    assert settings.dataset_name == "lambdalabs/naruto-blip-captions"
+    assert settings.validation_prompts == ["A robot naruto, 4k photo"]
+    assert (settings.learning_rate, settings.max_train_steps) == (1e-5, 15000)
+    assert settings.gradient_checkpointing and settings.push_to_hub and not settings.use_ema
+
+
+def test_names_and_defaults_of_the_reference():
+    """The reference script's own parser, read as facts: name and default."""
+    expected = {
+        "pretrained_prior_model_name_or_path": "warp-ai/wuerstchen-prior",
+        "pretrained_decoder_model_name_or_path": "warp-ai/wuerstchen",
+        "dataset_name": None, "dataset_config_name": None, "train_data_dir": "pictures",
+        "image_column": "image", "caption_column": "text", "max_train_samples": None,
+        "validation_prompts": None, "output_dir": "wuerstchen-model-finetuned", "cache_dir": None,
+        "seed": None, "train_batch_size": 1, "num_train_epochs": 100, "max_train_steps": None,
+        "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4,
+        "lr_scheduler": "constant", "lr_warmup_steps": 500, "use_8bit_adam": False,
+        "allow_tf32": False, "use_ema": False, "dataloader_num_workers": 0, "adam_beta1": 0.9,
+        "adam_beta2": 0.999, "adam_weight_decay": 0.0, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
+        "push_to_hub": False, "hub_token": None, "hub_model_id": None, "logging_dir": "logs",
+        "report_to": "tensorboard", "checkpointing_steps": 500, "checkpoints_total_limit": None,
+        "resume_from_checkpoint": None, "validation_epochs": 5,
+        "tracker_project_name": "text2image-fine-tune", "mixed_precision": "no",
+    }  # fmt: skip
+    found = vars(parse(Settings, DATA))
+    assert {name: found[name] for name in expected} == expected
+    assert found["resolution"] == 768  # the reference's 512 gives 16 cells, which can't be decoded
+
+
+def test_help_has_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        parse(Settings, ["--help"])
+    printed = capsys.readouterr().out
+    for name in vars(parse(Settings, DATA)):
+        assert f"--{name}" in printed
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--resolution=700", "--resolution is 700; it must be a multiple of 32.*try 704"),
+        ("--resolution=0", "--resolution is 0.*try 32"),
+        ("--train_batch_size=0", "--train_batch_size is 0; it must be at least 1"),
+        ("--max_train_steps=-1", "--max_train_steps is -1; it must be at least 1"),
+        ("--checkpoints_total_limit=0", "--checkpoints_total_limit is 0"),
+        ("--seed=-5", "--seed is -5; it must be at least 0"),
+        ("--learning_rate=nan", "--learning_rate is nan"),
+        ("--caption_dropout=1.5", "--caption_dropout is 1.5; it must be between 0 and 1"),
+        ("--max_grad_norm=0", "--max_grad_norm must be above 0"),
+    ],
+)
+def test_impossible_values(flag, said):
+    with pytest.raises(UserError, match=said):
+        parse(Settings, [*DATA, flag])
+
+
+def test_eight_bit_adam_names_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--use_8bit_adam needs .*pip install bitsandbytes"):
+        parse(Settings, [*DATA, "--use_8bit_adam"])
+
+
+def test_no_data_names_the_flags():
+    with pytest.raises(UserError, match="--dataset_name .*--train_data_dir"):
+        parse(Settings, [])
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--leaning_rate=1", "did you mean --learning_rate"),
+        ("--max_train", "did you mean --max_train_steps"),  # no abbreviations: they change meaning
+        ("--mixed_precision=fp8", "invalid choice: 'fp8'"),
+        ("--train_batch_size=four", "invalid int value: 'four'"),
+    ],
+)
+def test_unknown_flags_and_choices(flag, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(Settings, [*DATA, flag])
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_token_is_not_written():
+    settings = parse(Settings, [*DATA, "--hub_token=hf_secret"])
+    assert "hf_secret" not in str(public(settings))
+    assert "hub_token" not in public(settings)
+
+
+def test_a_user_error_is_one_line(capsys, monkeypatch):
+    def fail(settings):
+        raise UserError("Row 3: broken.")
+
+    monkeypatch.setattr("sys.argv", ["train.py", *DATA])
+    with pytest.raises(SystemExit) as stopped:
+        distributed.run(fail, from_command_line(Settings), print)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "train.py: Row 3: broken.\n"
