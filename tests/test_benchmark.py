@@ -8,6 +8,8 @@ from minwurst.base.settings import Settings, parse
 from tests import benchmark, tiny
 from tests.conftest import ROOT, flags
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"c_in": 16, "c": 64, "c_cond": 1280, "c_r": 16, "depth": 2, "nhead": 4, "dropout": 0.1}
 
 

@@ -16,6 +16,8 @@ from minwurst.step.samples import Samples, batches
 from tests import tiny
 from tests.conftest import assert_bitwise_equal, relative, torchrun, train_here
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CACHED = {"cache_latents": True, "caption_dropout": 0.3, "train_data_dir": None}
 

@@ -118,9 +118,12 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path, monkeypatch):
     def stop(*_):
         raise Killed
 
-    for name in ("save_file", "describe", "flush", "remove"):
+    for module, name in (
+        (checkpoint, "save_file"), (checkpoint, "describe"), (files, "flush"),
+        (checkpoint, "delete"),
+    ):  # fmt: skip
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, name, stop)
+            patched.setattr(module, name, stop)
             with pytest.raises(Killed):
                 save(tmp_path, 2, keep=1)
         assert checkpoint.damage(checkpoint.find("latest", tmp_path)) is None

@@ -17,6 +17,8 @@ from minwurst.step import adapter, diffusion, images, randomness
 from minwurst.step.encoders import encode_text
 from tests.conftest import relative, train_here
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 
@@ -137,7 +139,7 @@ def test_sampling_takes_what_it_lacks_from_the_run(wuerstchen, tmp_path, monkeyp
     of_file = sampled(tmp_path / "b", "--prompt=a bear", f"--lora={run / lora_file.FILE}")
     assert pixels(of_folder[0]) == pixels(of_file[0])
     monkeypatch.chdir(run)
-    assert sample.of_a_run(None) == {}
+    assert sample.settings_of_run(None) == {}
     with pytest.raises(UserError, match="prior/config.json is missing"):
         sampled(tmp_path / "c", "--prompt=a bear", f"--prior={run}")
 
@@ -194,7 +196,7 @@ def test_numbers_and_guidance(wuerstchen, tmp_path):
     [
         ([], "--prompt is missing"),
         (["--prompt=x", "--prior=nowhere/at/all"], "--prior nowhere/at/all: no such"),
-        (["--prompt=x", "--prior=WUERSTCHEN"], "--decoder warp-ai/wuerstchen: no such folder"),
+        (["--prompt=x", "--prior=WUERSTCHEN"], "--decoder warp-ai/wuerstchen: no such"),
         (
             ["--prompt=x", "--prior=WUERSTCHEN", "--decoder=WUERSTCHEN"],
             "not a complete decoder folder",
@@ -203,7 +205,7 @@ def test_numbers_and_guidance(wuerstchen, tmp_path):
         (["--prompt=x", "--output=x.jpg"], "must end in .png"),
         (["--prompt=x", "--num_images=0"], "--num_images is 0"),
         (["--prompt=x", "--resolution=8"], "--resolution is 8"),
-        (["--prompt=x", "--output=/proc/x/y.png"], "--output /proc/x can't be written"),
+        (["--prompt=x", "--output=/proc/x/y.png"], "--output /proc/x is not writable"),
         (
             ["--prompt=x", "--prior=WUERSTCHEN", "--decoder=WUERSTCHEN/decoder", "--lora=nowhere"],
             "LoRA nowhere: no such file",

@@ -15,6 +15,8 @@ from minwurst.miniature import measure
 from minwurst.step.images import open_image, preprocess
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world():

@@ -26,6 +26,8 @@ from tests import tiny
 from tests.conftest import assert_bitwise_equal, flags, train_here
 from tests.test_signals import SHORT, steps
 
+pytestmark = pytest.mark.slow
+
 RESUME = {"resume_from_checkpoint": "latest"}
 
 

@@ -18,20 +18,23 @@ from tests import tiny
 from tests.conftest import command, flags, train_here
 from tests.hub import LoopbackHub
 
+pytestmark = pytest.mark.slow
+
 DATASET = "lambdalabs/naruto-blip-captions"
-# As the seed has them, with torchrun in place of accelerate's launcher, and then fewer steps.
-FULL = f"""train.py --mixed_precision="fp16" --dataset_name={DATASET} --resolution=768
-    --train_batch_size=4 --gradient_accumulation_steps=4 --gradient_checkpointing
-    --dataloader_num_workers=4 --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1
-    --checkpoints_total_limit=3 --lr_scheduler="constant" --lr_warmup_steps=0
-    --validation_prompts="A robot naruto, 4k photo" --report_to="wandb" --push_to_hub
-    --output_dir="wuerstchen-prior-naruto-model" --max_train_steps=2"""
-LORA = f"""lora.py --mixed_precision="fp16" --dataset_name={DATASET} --caption_column="text"
-    --resolution=768 --train_batch_size=8 --num_train_epochs=100 --checkpointing_steps=5000
-    --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --seed=42 --rank=4
-    --validation_prompt="cute dragon creature" --report_to="wandb" --push_to_hub
-    --output_dir="wuerstchen-prior-naruto-lora" --num_train_epochs=1"""
 ROOT = Path(__file__).parent.parent
+
+
+def readmes_command(name):
+    """The command under <!-- name --> in the README, without its launcher."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"<!-- {name} -->\n```bash\n(.*?)```", text, re.DOTALL)
+    command = block.replace("\\\n", " ").split("--nproc_per_node=gpu ")[1]
+    return command.replace("$DATASET_NAME", DATASET).strip()
+
+
+# Diffusers' own commands, as the README has them, and then fewer steps.
+FULL = readmes_command("full") + " --max_train_steps=2"
+LORA = readmes_command("lora") + " --num_train_epochs=1"
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import torch
 from minwurst.step.image_encoder import EfficientNetEncoder
 from tests.conftest import relative
 
+pytestmark = pytest.mark.slow
+
 
 def test_backbone_equals_torchvision(torchvision_numbers):
     ours = EfficientNetEncoder().eval()

@@ -16,6 +16,8 @@ from minwurst.edge import lora_file
 from minwurst.run import checkpoint
 from tests.conftest import assert_bitwise_equal, flags
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4  # each is saved
 
 

@@ -16,6 +16,8 @@ from minwurst.run import trackers
 from minwurst.run.log import Log
 from tests.conftest import ROOT, command, flags, train_here
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_" + "secret" * 5
 
 

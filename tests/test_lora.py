@@ -10,12 +10,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minwurst import lora as program
 from minwurst.base.errors import UserError
 from minwurst.base.settings import LoRASettings, parse
 from minwurst.edge import lora_file, models
 from minwurst.step import adapter
 from tests import tiny
-from tests.conftest import ROOT, command, relative
+from tests.conftest import ROOT, relative
 
 Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
 INPUTS = torch.randn(2, 16, 3, 3), torch.tensor([0.3, 0.8]), torch.randn(2, 77, 32)
@@ -227,11 +228,11 @@ def test_start_from_a_file(tmp_path):
     assert relative(predict(fresh), predict(prior)) < 1e-6
     other = make_prior()
     adapter.add_adapters(other, 2, 2.0, ["attention"])
-    with pytest.raises(UserError, match="has rank 4, --rank is 2"):
+    with pytest.raises(UserError, match="has rank 4; --rank is 2"):
         lora_file.start_from(other, tmp_path / lora_file.FILE)
     other = make_prior()
     adapter.add_adapters(other, 4, 4.0, ["to_q"])
-    with pytest.raises(UserError, match="is in only one of it and --lora_targets"):
+    with pytest.raises(UserError, match="is in the file or in --lora_targets, but not in both"):
         lora_file.start_from(other, tmp_path / lora_file.FILE)
 
 
@@ -241,13 +242,13 @@ def test_mistakes_in_targets_and_rank():
             UserError, match=f"--rank is {rank}; blocks.2.attention.to_q allows 1 to 64"
         ):
             adapter.add_adapters(make_prior(), rank, 4, ["attention"])
-    with pytest.raises(UserError, match="--lora_targets to_qq matches no layer; near it: .*to_q"):
+    with pytest.raises(UserError, match="--lora_targets to_qq: matches no layer. Similar: .*to_q"):
         adapter.add_adapters(make_prior(), 4, 4, ["to_qq"])
-    with pytest.raises(UserError, match="--lora_targets add_k_proj matches no layer"):
+    with pytest.raises(UserError, match="--lora_targets add_k_proj: matches no layer"):
         adapter.add_adapters(make_prior(), 4, 4, ["to_k", "add_k_proj"])
-    with pytest.raises(UserError, match="to_out: that is no linear layer. In it: to_out.0"):
+    with pytest.raises(UserError, match="to_out: not a linear layer. It contains to_out.0"):
         adapter.add_adapters(make_prior(), 4, 4, ["to_out"])
-    with pytest.raises(UserError, match="--lora_targets depthwise: that is no linear layer"):
+    with pytest.raises(UserError, match="--lora_targets depthwise: not a linear layer"):
         adapter.add_adapters(make_prior(), 4, 4, ["depthwise"])
 
 
@@ -271,35 +272,35 @@ def rename(tensors, old, new):
 MISTAKES = {
     "kohya": (
         lambda t: t.update({"lora_unet_2.alpha": torch.ones(1)}),
-        "the key lora_unet_2.alpha",
+        "unknown key lora_unet_2.alpha",
     ),
     "alpha": (
         lambda t: t.update({KEY.replace("lora_A.weight", "alpha"): torch.ones(1)}),
         "to_q.alpha",
     ),
-    "half a pair": (lambda t: t.pop(KEY), "the factors of blocks.2.attention.to_q are no A and B"),
-    "another width": (lambda t: t.update({KEY: torch.ones(4, 7)}), "to_q is 7 → 64 wide there"),
+    "half a pair": (lambda t: t.pop(KEY), "blocks.2.attention.to_q is not a pair of factors"),
+    "another width": (lambda t: t.update({KEY: torch.ones(4, 7)}), "to_q is 7 → 64 wide"),
     "another depth": (
         lambda t: rename(t, "blocks.2.", "blocks.77."),
         "is for another model: the prior has no layer blocks.77.attention",
     ),
-    "empty": (lambda t: t.clear(), "holds no adapters"),
+    "empty": (lambda t: t.clear(), "contains no adapters"),
     "flat": (
         lambda t: t.update({KEY: torch.ones(4)}),
-        "the factors of blocks.2.attention.to_q are no",
+        "blocks.2.attention.to_q is not a pair",
     ),
-    "rank 0": (lambda t: t.update({KEY: torch.ones(0, 64)}), "to_q are no A and B"),
+    "rank 0": (lambda t: t.update({KEY: torch.ones(0, 64)}), "to_q is not a pair of factors"),
     "twice": (
         lambda t: t.update({KEY.removeprefix("prior."): torch.ones(4, 64)}),
-        "is there twice",
+        "occurs twice",
     ),
     "convolution": (
         lambda t: rename(t, "blocks.2.attention.to_q", "projection"),
-        "projection is no linear layer",
+        "projection is not a linear layer",
     ),
     "PEFT alone": (
         lambda t: rename(t, "prior.", "base_model.model."),
-        "its alpha is in .*config.json",
+        "config.json with its alpha is missing",
     ),
 }
 
@@ -329,23 +330,27 @@ def test_unreadable_files(tmp_path):
         lora_file.read(file)
 
 
-def test_the_program(wuerstchen, tmp_path):
+def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["minwurst.lora", *map(str, words)])
+        program.main()
+        return capsys.readouterr().out
+
     prior = models.load_prior(wuerstchen)
     adapter.add_adapters(prior, 4, 8.0, ["attention"])
     with torch.no_grad():
         for layer in adapter.adapters(prior).values():
             layer.lora_B.normal_(std=0.2)
     lora_file.save(prior, tmp_path / lora_file.FILE)
-    run = (sys.executable, "-m", "minwurst.lora")
-    _, printed = command(*run, "show", tmp_path)
+    printed = run("show", tmp_path)
     assert "8 layers, 4,096 parameters" in printed and "attention.to_q: 2 × rank 4" in printed
-    command(*run, "merge", tmp_path, wuerstchen, tmp_path / "merged", "--scale", "0.5")
+    run("merge", tmp_path, wuerstchen, tmp_path / "merged", "--scale", "0.5")
     adapter.set_scale(prior.eval(), 0.5)
     assert relative(predict(models.load_prior(tmp_path / "merged")), predict(prior)) < 1e-5
-    code, printed = command(*run, "merge", tmp_path, wuerstchen, wuerstchen, check=False)
-    assert code != 0 and "is there already: name a new folder" in printed
-    code, printed = command(*run, "show", tmp_path / "nothing", check=False)
-    assert code != 0 and "Traceback" not in printed and "no such file" in printed
+    with pytest.raises(SystemExit, match="minwurst.lora: .* already exists: choose a new folder"):
+        run("merge", tmp_path, wuerstchen, wuerstchen)
+    with pytest.raises(SystemExit, match="minwurst.lora: LoRA .*nothing: no such file"):
+        run("show", tmp_path / "nothing")
 
 
 # ---- The twin.

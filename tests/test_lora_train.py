@@ -1,7 +1,6 @@
 """lora.py as a whole: what train.py's tests show of resuming, ranks and cuts, for adapters."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from minwurst.step.images import open_image, preprocess
 from tests import tiny
 from tests.conftest import (
     assert_bitwise_equal,
-    command,
     flags,
     relative,
     saved,
@@ -50,6 +48,7 @@ def error(prior, wuerstchen):
     return (prior(diffusion.add_noise(latents, noise, t), t, text) - noise).square().mean().item()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     """Adapters alone are trained and saved; the file holds their average, and lowers the error."""
     out = train_here(
@@ -86,6 +85,7 @@ def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision):
     assert not torch.equal(ends[0][name], ends[1][name])
 
 
+@pytest.mark.slow
 def test_any_cut_of_the_batch_is_the_same_run(still_wuerstchen, tmp_path):
     """1 rank × 4 = 4 micro-steps × 1 = 2 ranks × 2, up to float error."""
     schedule = {**LORA, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "adam_epsilon": 1e-6}
@@ -139,18 +139,17 @@ def test_another_base_or_rank_is_not_resumed(wuerstchen, tmp_path):
         train_here(other, out, **LORA, **again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"rank": 1000}, "--rank is 1000; blocks.2.attention.to_q allows 1 to 64"),
-        ({"lora_targets": "to_w"}, "--lora_targets to_w matches no layer"),
+        ({"lora_targets": "to_w"}, "--lora_targets to_w: matches no layer"),
         ({"lora_weights": "nothing"}, "--lora_weights nothing: no such file"),
     ],
     ids=["rank", "target", "file"],
 )
-def test_mistakes_are_one_line(wuerstchen, tmp_path, changed, said):
-    code, printed = command(
-        sys.executable, "lora.py", *flags(wuerstchen, tmp_path / "out", **changed), check=False
-    )
+def test_mistakes_are_one_line(warm, wuerstchen, tmp_path, changed, said):
+    code, printed = warm.run("lora.py", flags(wuerstchen, tmp_path / "out", **changed))
     assert code == 2 and "Traceback" not in printed
     assert printed.splitlines()[-1].startswith(f"lora.py: {said}")

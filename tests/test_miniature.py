@@ -7,7 +7,10 @@ from minwurst import pipelines
 from minwurst.edge import models
 from minwurst.edge.decoders import FullDecoder
 from minwurst.miniature import pretrain
+from minwurst.miniature.training import train
 from tests.conftest import assert_bitwise_equal
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -17,46 +20,37 @@ def some_pictures():
     return (torch.nn.functional.interpolate(drawn, (256, 256), mode="bicubic") * 255).byte()
 
 
-def test_a_stopped_training_goes_on_as_it_was(some_pictures, tmp_path):
-    def start():
+def test_a_stopped_training_goes_on_as_it_was(tmp_path):
+    """Weights, averages, optimizer and the statistics of batch norms, on a small model."""
+
+    def run(work, stop=None, every=2):
         torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
 
-    start()
-    pretrain.make_stage_a(tmp_path / "whole", some_pictures, 4, every=4)
-    start()
+        def loss_of(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return model(torch.randn(2, 3, 8, 8)).square().mean()
+
+        train(work, "part", model, loss_of, steps=4, learning_rate=1e-2, every=every)
+
+    run(tmp_path / "whole", every=4)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.make_stage_a(tmp_path / "cut", Interrupting(some_pictures, 3), 4, every=2)
-    start()
-    pretrain.make_stage_a(tmp_path / "cut", some_pictures, 4, every=2)
-    folders = (tmp_path / run / "training/stage_a/checkpoint-4" for run in ("whole", "cut"))
-    assert_bitwise_equal(*folders)
-
-
-class Interrupting:
-    """Pictures that are interrupted when they are asked for the n-th time."""
-
-    def __init__(self, pictures, times):
-        self.pictures, self.left = pictures, times
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, places):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return self.pictures[places]
+        run(tmp_path / "cut", stop=4)
+    run(tmp_path / "cut")
+    whole, cut = (tmp_path / name / "training/part/checkpoint-4" for name in ("whole", "cut"))
+    assert_bitwise_equal(whole, cut)
 
 
 def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
-    """A few steps of each; what is written loads and draws as the published model does."""
+    """A step of each; what is written loads and draws as the published model does."""
     for place in ("weights", "images", "world"):
         monkeypatch.setattr(pretrain, place.upper(), tmp_path / place)
     names = [f"thing number {number}" for number in range(8)]
     monkeypatch.setattr(
         pretrain, "load_images", lambda work: (names[:4], *some_pictures.split(4))
     )
-    steps = [f"--{part}_steps=2" for part in ("a", "encoder", "b", "prior")]
+    steps = [f"--{part}_steps=1" for part in ("a", "encoder", "b", "prior")]
     monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path / "work"), *steps])
     pretrain.main()
     folder = tmp_path / "weights"

@@ -18,6 +18,8 @@ from minwurst.run import checkpoint
 from minwurst.step import randomness
 from minwurst.step.samples import BatchLayout
 
+pytestmark = pytest.mark.slow
+
 few = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -14,9 +14,11 @@ import pytest
 from minwurst.run import checkpoint
 from tests.conftest import ROOT, assert_bitwise_equal, flags, start
 
+pytestmark = pytest.mark.slow
+
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 RESUME = {"resume_from_checkpoint": "latest"}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 SHORT = {"train_data_dir": None, "train_batch_size": 1, "max_train_steps": 6}
 
 
@@ -43,7 +45,7 @@ CASES = {
     "twice Ctrl-C": ([["step", 3, INT], ["step", 4, INT], ["save", 1, INT]], -2, [], "Again to"),
     "SIGUSR1": ([["step", 3, USR1]], 0, [3, 6], "done: "),
     "in the last step": ([["step", 6, TERM]], 143, [6], "SIGTERM: saved and stopped"),
-    "while loading": ([["load", 1, TERM]], -15, [], "No GPU here"),
+    "while loading": ([["load", 1, TERM]], -15, [], "No GPU found"),
     "while saving": ([["step", 2, USR1], ["save", 1, TERM]], 143, [2, 3], "saved and stopped"),
     "in the last save": ([["save", 1, TERM]], -15, [6], "step 6/6"),
     "while exporting": ([["export", 1, INT]], -2, [6], "step 6/6"),

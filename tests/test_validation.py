@@ -1,8 +1,8 @@
 """Validation shows the prior as it will be used, and leaves training as it was."""
 
+import contextlib
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from minwurst.edge import dataset, diffusers_pipelines, grids, models
 from minwurst.run import validation
 from minwurst.step import diffusion, randomness
 from minwurst.step.encoders import encode_text
+from minwurst.step.optimizer import NoEMA
 from minwurst.step.samples import Samples, collate
 from tests import tiny
-from tests.conftest import assert_bitwise_equal, command, flags, relative, torchrun, train_here
+from tests.conftest import assert_bitwise_equal, flags, relative, train_here
 
 PROMPTS = ["a bear", "honey pot"]
 
@@ -53,6 +54,7 @@ def looking(wuerstchen, **changed):
     return {**settings, **changed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "lora.py"])
 @pytest.mark.parametrize("decoder", ["full", "preview"])
 def test_it_changes_no_number_of_training(wuerstchen, tmp_path, script, decoder):
@@ -63,13 +65,18 @@ def test_it_changes_no_number_of_training(wuerstchen, tmp_path, script, decoder)
     assert_bitwise_equal(one / "checkpoint-4", two / "checkpoint-4")
 
 
-def test_ranks_share_it_and_train_on_as_before(wuerstchen, tmp_path):
+@pytest.mark.slow
+def test_ranks_share_it_and_train_on_as_before(warm, wuerstchen, tmp_path):
     looks = looking(wuerstchen, train_batch_size=2)
     plain = {**looks, "validation_prompts": None, "validation_steps": 100}
-    one = torchrun(2, wuerstchen, tmp_path / "looked at", **looks)
-    two = torchrun(2, wuerstchen, tmp_path / "left alone", **plain)
+    for name, settings in (("looked at", looks), ("left alone", plain)):
+        words = flags(wuerstchen, tmp_path / name, **settings)
+        results = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
+        assert [code for code, _ in results] == [0, 0], results
+    one, two = tmp_path / "looked at", tmp_path / "left alone"
     assert_bitwise_equal(one / "checkpoint-4", two / "checkpoint-4")
-    torchrun(1, wuerstchen, tmp_path / "alone", **looking(wuerstchen))  # as many threads as above
+    words = flags(wuerstchen, tmp_path / "alone", **looking(wuerstchen))
+    assert warm.run("train.py", words)[0] == 0
     file = "validation/step-000000.png"
     found, expected = (Image.open(tmp_path / run / file) for run in ("looked at", "alone"))
     assert found.tobytes() == expected.tobytes()
@@ -89,6 +96,7 @@ def test_it_draws_with_the_exported_weights(wuerstchen, tmp_path, shown):
     assert relative(shown[0][1][0], expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_the_others(wuerstchen, tmp_path, shown):
     alone = looking(wuerstchen, max_train_steps=1, validation_prompts="honey pot")
     train_here(wuerstchen, tmp_path / "one", **alone)
@@ -116,6 +124,7 @@ def test_sampling_draws_the_same_picture(wuerstchen, tmp_path, monkeypatch):
         assert '"prompt": "a bear"' in found.text["minwurst"]
 
 
+@pytest.mark.slow
 def test_before_and_after_survive_a_resumed_run(wuerstchen, tmp_path, capsys):
     looks = looking(wuerstchen, max_train_steps=2)
     train_here(wuerstchen, tmp_path, **looks)
@@ -134,6 +143,7 @@ def test_before_and_after_survive_a_resumed_run(wuerstchen, tmp_path, capsys):
         assert both.crop((0, middle, both.width, both.height)).tobytes() == after.tobytes()
 
 
+@pytest.mark.slow
 def test_other_prompts_have_no_before(wuerstchen, tmp_path):
     looks = looking(wuerstchen, max_train_steps=1)
     train_here(wuerstchen, tmp_path, **looks)
@@ -143,6 +153,7 @@ def test_other_prompts_have_no_before(wuerstchen, tmp_path):
     assert Image.open(both).tobytes() == Image.open(after).tobytes()
 
 
+@pytest.mark.slow
 def test_epochs_set_when_it_is_due(wuerstchen, tmp_path, capsys):
     """56 rows, 6 of them held out: at 10 pictures a step, two epochs are 10 steps."""
     looks = {"validation_split": 0.1, "validation_epochs": 2, "train_batch_size": 10}
@@ -179,13 +190,14 @@ def test_held_out_loss_is_the_plain_error_at_fixed_times(still_wuerstchen, tmp_p
     assert before == pytest.approx([sum(found) / 4, *found], abs=2e-5)
 
 
-def test_held_out_loss_is_the_same_on_two_ranks(still_wuerstchen, tmp_path, capsys):
+@pytest.mark.slow
+def test_held_out_loss_is_the_same_on_two_ranks(warm, still_wuerstchen, tmp_path, capsys):
     looks = {"validation_split": 0.2, "max_train_steps": 1, "train_batch_size": 4}
     train_here(still_wuerstchen, tmp_path / "one", **looks)
     expected = held_out_losses(capsys.readouterr().out)[0]
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     words = flags(still_wuerstchen, tmp_path / "two", **{**looks, "train_batch_size": 2})
-    _, printed = command(sys.executable, *agent, *words)
+    (code, printed), (other, _) = (run.wait() for run in warm.start_ranks(2, "train.py", words))
+    assert code == other == 0
     assert held_out_losses(printed)[0] == pytest.approx(expected, abs=2e-5)
 
 
@@ -252,10 +264,11 @@ def test_no_decoder_to_be_had(wuerstchen, tmp_path):
 
 def test_the_model_is_put_back():
     model = torch.nn.Dropout()
-    with pytest.raises(RuntimeError), validation.evaluation(model):
-        assert not model.training
+    evaluated = validation.EvaluationModel(model, NoEMA(), contextlib.nullcontext())
+    with pytest.raises(RuntimeError), evaluated.active():
+        assert not model.training and not torch.is_grad_enabled()
         raise RuntimeError
-    assert model.training
+    assert model.training and torch.is_grad_enabled()
 
 
 def test_pictures_that_can_not_be_written_stop_nothing(wuerstchen, tmp_path, capsys):

@@ -18,6 +18,7 @@ import torch
 from minwurst.base.settings import Settings
 from minwurst.edge import dataset, diffusers_pipelines, models
 from minwurst.miniature.text import make_text_encoder, make_tokenizer
+from minwurst.step import diffusion
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.prior import WuerstchenPrior
@@ -55,7 +56,11 @@ def make_prior(**config):
 
 
 def make_image_encoder(rows):
-    """A small encoder whose batch norms have seen the images: its latents have unit variance."""
+    """A small encoder whose batch norms have seen the images.
+
+    Its scaled latents have unit variance, like the published encoder's: with a smaller one, noise
+    would drown the images, and a model could learn nothing of them.
+    """
     encoder = EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -63,6 +68,9 @@ def make_image_encoder(rows):
     pixels = torch.stack([preprocess(open_image(row), 96) for row in rows])
     with torch.no_grad():
         encoder.train()(pixels)
+        norm = encoder.mapper[1]
+        norm.weight.mul_(diffusion.LATENT_SCALE)
+        norm.bias.mul_(diffusion.LATENT_SCALE).sub_(diffusion.LATENT_SHIFT)
     return encoder.eval()
 
 
