@@ -12,6 +12,7 @@ from minwurst import miniature, sample
 from minwurst.base.settings import LoRASettings, Settings, parse
 from minwurst.edge import models
 from minwurst.miniature import measure
+from minwurst.step import diffusion
 from minwurst.step.images import open_image, preprocess
 from tests import tiny
 
@@ -55,8 +56,6 @@ def test_names_that_are_drawn_are_in_no_other_set(world):
 
 def test_the_world_is_what_the_encoder_makes_of_the_pictures(world):
     """The latents that are shipped are those of the pictures that are shipped, by these weights."""
-    from minwurst import diffusion
-
     rows = tiny.rows(train_data_dir=str(miniature.IMAGES))
     some = [rows[place] for place in range(0, len(rows), 40)]
     encoder = models.load_image_encoder(miniature.WEIGHTS / "image_encoder")

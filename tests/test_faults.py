@@ -223,7 +223,7 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
         table = datasets.Dataset.from_dict({"image": stored, "text": ["a", "b"]}, features)
         for name, length in (("good", 1), ("bad", 2)):
             pq.write_table(table.data.table.slice(length=length), folder / f"{name}.parquet")
-        with pytest.raises(UserError, match="Row 1: its picture .* is outside the data set's"):
+        with pytest.raises(UserError, match="Row 1: its image .* is outside the data set's"):
             tiny.rows(dataset_name=str(folder / "bad.parquet"))
         (row,) = tiny.rows(dataset_name=str(folder / "good.parquet"))
         assert open_image(row).size == (8, 8)

@@ -132,6 +132,7 @@ def test_what_was_pushed_gives_the_same_latents(loopback, pushed, tmp_path):
     code = """
 import sys, torch
 from safetensors.torch import save_file
+from minwurst import pipelines
 def latents(prior, lora=None):
     prior, _ = pipelines.load(prior, lora=lora)
     generator = torch.Generator().manual_seed(3)
@@ -164,7 +165,8 @@ def finished(wuerstchen, tmp_path_factory):
 
 def again(loopback, folder, repository, *words, **more):
     """`python -m minwurst.hub` without its waiting times."""
-    code = "from minwurst import hub; hub.WAITS = (0, 0, 0); hub.main()"
+    code = "from minwurst import hub as program; from minwurst.edge import hub; "
+    code += "hub.WAITS = (0, 0, 0); program.main()"
     variables = {**loopback.variables, **more}
     words = [folder, repository, *words]
     return command(sys.executable, "-c", code, *words, check=False, **variables)
@@ -246,7 +248,7 @@ def asked_here(loopback, monkeypatch):
         ("someone/else", "TOKEN", "Can't push to someone/else: The repository is somebody else's,"),
         ("me/x", "hf_wrong", "Can't push to me/x: The Hub rejects this token. Run `hf auth"),
         ("me/x", "", "No login to the Hub found. Run `hf auth login`"),
-        ("me/x", "hf_tökén", "The Hub's token contains characters that no token has"),
+        ("me/x", "hf_tökén", "The Hub token contains characters that no token has"),
         ("me/x y", "TOKEN", "me/x y is not a valid repository name"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     prior = lora_file.load(models.load_prior(wuerstchen), out)
     trained = error(prior, wuerstchen)
     adapter.set_scale(prior, 0)
-    assert trained < 0.9 * error(prior, wuerstchen)
+    assert trained < 0.95 * error(prior, wuerstchen)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

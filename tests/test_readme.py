@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minwurst import cost
-from minwurst.base.settings import LoRASettings, parse
+from minwurst.base.settings import LoRASettings, Settings, parse
 from minwurst.edge import export, models
 from minwurst.miniature import measure
 from minwurst.sample import SampleSettings
@@ -48,18 +48,29 @@ def test_the_table_of_sizes_is_what_its_command_prints(capsys):
     assert capsys.readouterr().out in TEXTS["minwurst/miniature/README.md"]
 
 
+def commands(text):
+    """All commands in bash blocks and in code spans, as lists of words."""
+    text = text.replace("\\\n", " ").replace("$DATASET_NAME", "owner/name")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if "trap" not in line]
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in lines + spans:
+        yield from (shlex.split(part) for part in re.split("&&| &$", line) if "'" not in part)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_its_commands_parse(name):
-    """Every flag of the scripts and of minwurst.sample, in blocks and in running text."""
-    text = TEXTS[name].replace("\\\n", " ").replace("=$DATASET_NAME", "=owner/name")
-    flag = r" +--[\w=\"./-]+(?: +(?:[\w/.]+|\"[^\"]+\")(?![\w`]))*"
-    found = re.findall(rf"(?<!/)(train\.py|lora\.py|minwurst\.sample)((?:{flag})+)", text)
-    assert len(found) >= {"README.md": 12}.get(name, 0)
-    for program, words in found:
-        if "--help" not in words:
-            kind = SampleSettings if program == "minwurst.sample" else LoRASettings
-            data = [] if kind is SampleSettings else ["--train_data_dir=x"]
-            parse(kind, [*data, *shlex.split(words)], demo={})
+    """Every flag of the scripts and of minwurst.sample."""
+    kinds = {"train.py": Settings, "lora.py": LoRASettings, "minwurst.sample": SampleSettings}
+    count = 0
+    for words in commands(TEXTS[name]):
+        program = next((word for word in words if word in kinds), None)
+        flags = words[words.index(program) + 1 :] if program else []
+        if flags and flags not in (["--help"], ["…"]) and flags[0].startswith("--"):
+            count += 1
+            data = [] if program == "minwurst.sample" else ["--train_data_dir=x"]
+            parse(kinds[program], [*data, *flags], demo={})
+    assert count >= {"README.md": 13, "tests/README.md": 2}.get(name, 0)
 
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told once by keyword; State saves and restores it.
+"""What a checkpoint holds: declared once, by keyword, for saving and restoring.
 
     state = State(weights=trainable, optimizer=optimizer, ema=ema.average, scaler=scaler)
     tensors, numbers = state.collect()
