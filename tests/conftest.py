@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: one thread for each
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import socket
 import subprocess
