@@ -10,7 +10,8 @@ low-rank adapters; `diff train.py lora.py` shows the difference. `--help` lists 
     D  width of the text encoder's states   step  an optimizer step, counted from 1
 """
 
-# The command line is parsed first, because --help should not have to wait for torch.
+# The command line is parsed before torch is imported, so that --help is fast. miniature.TRAIN and
+# LORA are what --demo sets. This block of imports differs between train.py and lora.py.
 from minwurst import miniature
 from minwurst.base.settings import Settings, from_command_line
 SETTINGS = from_command_line(Settings, miniature.TRAIN) if __name__ == "__main__" else None
@@ -18,28 +19,28 @@ from minwurst.edge import export
 
 import torch
 
-from minwurst.edge import dataset, hub, models
-from minwurst.edge.source import open_source
+from minwurst.edge import dataset, models, push
+from minwurst.edge.cache import open_source
 from minwurst.run.log import open_log
 from minwurst.run.run import Run
 from minwurst.run.state import State
 from minwurst.run.validation import EvaluationModel, Validation
 from minwurst.step import diffusion, distributed, randomness, signals
 from minwurst.step.guard import FiniteGuard
-from minwurst.step.optimizer import EMA, NoEMA, adamw, learning_rates
+from minwurst.step.optimizer import EMA, NoEMA, choose_adamw, learning_rates
 from minwurst.step.samples import batches
 
 
 def main(settings):
-    # The run: its folder and seed, and the checkpoint that it resumes from, if any.
+    # The run: it claims its folder and knows its seed and the checkpoint to resume from, if any.
     rank, device = distributed.start()
     run = Run.open(settings, device)
 
     # Data and models are found, then every row is read once, before anything large is loaded.
     table = dataset.find(settings)
-    parts = models.find(settings)
-    data = dataset.check(table, settings, run.seed)
-    run.identify(parts, data)  # refuses to resume another run
+    parts = models.find(settings)  # the folders of prior, text encoder, image encoder, decoder
+    data = dataset.check_and_split(table, settings, run.seed)
+    run.identify(parts, data)  # refuses to resume another run; from here on there are run.steps
 
     # Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
     compute_types = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,7 +50,8 @@ def main(settings):
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     torch.backends.cudnn.allow_tf32 = settings.allow_tf32
 
-    # The frozen encoders turn a batch into latents and a condition, live or from a cache.
+    # The frozen encoders turn batches into latents and a condition, at every step; or, with
+    # --cache_latents, everything is encoded here and then only read.
     source = open_source(run, data, compute_type)
 
     # ---- What is trained: all weights of the prior, in fp32.
@@ -59,8 +61,10 @@ def main(settings):
     if settings.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
 
-    # What updates it; in a resumed run, from where the checkpoint left off.
-    optimizer = adamw(settings.use_8bit_adam)(
+    # What updates it; in a resumed run, from where the checkpoint left off. The schedule needs no
+    # state: it follows from the number of updates, which are the steps that were not skipped.
+    AdamW = choose_adamw(settings.use_8bit_adam)  # torch's, or bitsandbytes'
+    optimizer = AdamW(
         trainable.values(), lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay, eps=settings.adam_epsilon,
@@ -71,19 +75,22 @@ def main(settings):
     schedule = learning_rates(
         optimizer, settings.lr_scheduler, settings.lr_warmup_steps, run.last_step, updates
     )
-    model = distributed.wrap_ddp(prior, device, autocast)
+    model = distributed.wrap_ddp(prior, device, autocast)  # the prior itself if there is one rank
 
-    # The stream of samples from here on, and what watches over the steps.
+    # Samples: one endless shuffled stream, of which every rank reads its own positions.
     samples = source.samples(data.rows, run.seed, settings.caption_dropout)
     stream = batches(samples, run.positions(), settings.dataloader_num_workers)
-    guard = FiniteGuard(scaler.is_enabled(), samples, run.layout)
+
+    # What watches: memory and disk before the first step, then non-finite numbers, log, validation.
     run.announce(prior, source)
+    guard = FiniteGuard(fp16=scaler.is_enabled(), samples=samples, layout=run.layout)
     log = open_log(run)
-    validate = Validation(run, data, source, EvaluationModel(prior, ema, autocast), log)
+    averaged = EvaluationModel(prior, ema, autocast)  # the unwrapped prior, with averaged weights
+    validate = Validation(run, data, source, averaged, log)
     if not run.checkpoint:
         validate(0)
-    accumulation = settings.gradient_accumulation_steps
-    signal = signals.listen()  # until here, a signal simply ends the process
+    accumulation, signal = settings.gradient_accumulation_steps, signals.NOTHING
+    signals.listen()  # until here, a signal simply ends the process
 
     # ================================================================================== the loop
     for step in run.steps:
@@ -93,11 +100,11 @@ def main(settings):
             batch = next(stream)
             latents, condition = source.encode(batch)      # (B, 16, h, w), {"text": (B, 77, D)}
 
-            # A sample's time and noise follow from the seed and its position in the stream.
-            positions, shape = batch["positions"], latents.shape[1:]
-            uniform = randomness.uniform(run.seed, positions, device)                        # (B,)
+            # Time and noise follow from the seed and a sample's position, and are drawn on the CPU.
+            positions = batch["positions"]                                       # B integers
+            uniform = randomness.uniform(run.seed, positions, latents.device)                # (B,)
             t = diffusion.timesteps(uniform, settings.timestep_sampling)                     # (B,)
-            noise = randomness.noise(run.seed, positions, shape, device)           # (B, 16, h, w)
+            noise = randomness.noise_like(latents, run.seed, positions)            # (B, 16, h, w)
             noisy = diffusion.add_noise(latents, noise, t)                         # (B, 16, h, w)
             target = diffusion.target(latents, noise, t)                           # (B, 16, h, w)
 
@@ -112,11 +119,11 @@ def main(settings):
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), settings.max_grad_norm)
-        # The only host–device synchronisation of a step, and the only exchange between ranks.
+        # Here the host waits for the device, and ranks agree whether to update, save or stop.
         finite, signal = guard.check(step, step_loss, norm)
         scaler.step(optimizer)  # in fp16, skips the update if the gradient overflowed
         scaler.update()
-        optimizer.zero_grad(set_to_none=run.layout.world == 1)  # DDP's stay in its buckets
+        optimizer.zero_grad(set_to_none=model is prior)  # under DDP, gradients stay in its buckets
         log.step(step, step_loss, norm, schedule.get_last_lr()[0])
         if finite:
             updates += 1
@@ -125,7 +132,7 @@ def main(settings):
 
         if signal not in signals.ENDING:
             validate(step)
-        if signal or run.is_save_due(step):
+        if signal or run.is_save_due(step):  # any signal asks for a checkpoint
             run.save(step, updates, state)
         if signal in signals.ENDING:
             break
@@ -136,8 +143,9 @@ def main(settings):
         return signal
     with ema.in_place():
         folder = run.folder / export.FOLDER
-        run.report(distributed.on_main(export.save_pipeline, prior, folder, parts.text))
+        result = distributed.on_main(export.save_pipeline, prior, folder, parts.text)
+    run.report(result)
 
 
 if __name__ == "__main__":
-    distributed.run(main, SETTINGS, then=hub.push_result)
+    distributed.launch(main, SETTINGS, then=push.push_result)  # pushes if --push_to_hub is given

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from minwurst.base.errors import UserError
-from minwurst.edge import hub, run_file
+from minwurst.edge import push, run_file
 
 
 def main():
@@ -19,8 +19,8 @@ def main():
     given = parser.parse_args()
     folder = Path(given.folder)
     try:
-        hub.results(folder, run_file.read(folder))
-        hub.push(folder, hub.make_repository(given.repository, given.private))
+        push.results(folder, run_file.read(folder))
+        push.push(folder, push.make_repository(given.repository, given.private))
     except UserError as error:
         sys.exit(f"minwurst.hub: {error}")
 

@@ -125,9 +125,10 @@ def main(settings):
     precision = settings.mixed_precision or ("bf16" if device.type == "cuda" else "no")
     compute_type = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     autocast = torch.autocast(device.type, compute_type, enabled=precision != "no")
-    encoders = Encoders(lambda: models.load_text(text_folder, compute_type), None, device)
-    encoders.report_truncated(settings.prompt)
-    conditions = {prompt: encoders.condition([prompt, ""]) for prompt in settings.prompt}
+    encoders = Encoders(
+        lambda: models.load_text(text_folder, compute_type), None, None, compute_type, device
+    )
+    encoders.add_prompts(settings.prompt)
     encoders.unload()
     prior = models.load_prior(prior_folder, compute_type).to(device)
     if lora:
@@ -145,8 +146,9 @@ def main(settings):
             if scale is not None:
                 adapter.set_scale(prior, scale)
             latents.append(generate_latents(
-                generator, conditions[prompt], (prior.config.c_in, size, size), seed=settings.seed,
-                key=randomness.image_key(prompt, number), guidance=settings.guidance_scale,
+                generator, encoders.prompts[prompt], (prior.config.c_in, size, size),
+                seed=settings.seed, key=randomness.image_key(prompt, number),
+                guidance=settings.guidance_scale,
             ))  # fmt: skip
     del prior, generator  # to make room for the decoder
 

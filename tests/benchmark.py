@@ -41,15 +41,14 @@ from minwurst.base.console import gib
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import cache, models
 from minwurst.edge.diffusers_pipelines import class_beside
-from minwurst.edge.source import CachedSource
 from minwurst.run import checkpoint, estimate, state
 from minwurst.step import adapter, diffusion, images, randomness
+from minwurst.step.distributed import to_device
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.images import open_image, preprocess
-from minwurst.step.optimizer import adamw
+from minwurst.step.optimizer import choose_adamw
 from minwurst.step.prior import PUBLISHED, WuerstchenPrior
 from minwurst.step.samples import collate
-from minwurst.step.transfer import to_device
 from tests import tiny
 
 Reference = class_beside(diffusers.WuerstchenPriorPipeline, "WuerstchenPrior")
@@ -165,7 +164,7 @@ def update(optimizer, trainable):
 
 
 def our_optimizer(trainable):
-    return adamw()(trainable, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
+    return choose_adamw()(trainable, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
 
 
 def default_optimizer(trainable):
@@ -374,7 +373,7 @@ def read_data(rounds):
 @torch.no_grad()
 def encoded_both_ways(folder, rows):
     """(the reference's pairs, those out of a cache), functions each; shown to give the same."""
-    encoders = models.make_encoders(tiny.parts(folder), torch.bfloat16, DEVICE)
+    encoders = models.make_encoders(tiny.parts(folder), 768, torch.bfloat16, DEVICE)
     image_encoder = reference_image_encoder(folder / "image_encoder")
 
     @torch.no_grad()
@@ -385,13 +384,12 @@ def encoded_both_ways(folder, rows):
 
     with tempfile.TemporaryDirectory(dir=WORK) as place:
         with contextlib.redirect_stdout(sys.stderr):  # what it says is no part of the table
-            encoded = cache.encode_all(Path(place), rows, encoders, 768)
-        source = CachedSource(encoded, 768, {}, torch.bfloat16, DEVICE)
-        samples = source.samples(rows, 1)
+            encoded = cache.encode_all(Path(place), rows, encoders)
+        samples = encoded.samples(rows, 1)
         found = [samples[n] for n in range(len(rows))]  # which maps the files, so they may go
 
     def ours():
-        return source.encode(collate([samples[position] for position in range(len(rows))]))
+        return encoded.encode(collate([samples[position] for position in range(len(rows))]))
 
     order = [encoded.rows[samples.row(n)["number"]] for n in range(len(found))]
     latents, condition = ours()
@@ -407,7 +405,7 @@ def encode(rounds, count=8):
     rows = open_pictures().select(range(count))
     folder, half = make_wuerstchen(MODEL), torch.bfloat16
     their_pairs, our_pairs = encoded_both_ways(folder, rows)
-    encoders = models.make_encoders(tiny.parts(folder), half, DEVICE)
+    encoders = models.make_encoders(tiny.parts(folder), 768, half, DEVICE)
     pixels = torch.stack([preprocess(open_image(found), 768) for found in rows])
     captions = list(rows["text"])
     sides = {

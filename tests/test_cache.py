@@ -42,7 +42,7 @@ def short_files(monkeypatch):
 
 
 def encoders_of(wuerstchen, compute_type=torch.float32):
-    return models.make_encoders(tiny.parts(wuerstchen), compute_type, CPU)
+    return models.make_encoders(tiny.parts(wuerstchen), 64, compute_type, CPU)
 
 
 def no_encoders(monkeypatch):
@@ -62,7 +62,7 @@ def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_t
     """Every sample of an epoch, with caption lists and dropped captions, for any workers."""
     rows = tiny.rows(dataset_name=str(listed))
     encoders = encoders_of(wuerstchen, compute_type)
-    store = cache.encode_all(tmp_path, rows, encoders, 64)
+    store = cache.encode_all(tmp_path, rows, encoders)
     assert not {"text", "image"} & vars(encoders).keys()  # unloaded
     chosen = rows.select(range(20, 50))  # as where rows are held out
     plain = Samples(chosen, 64, 3, 0.3)
@@ -149,7 +149,7 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
     rows = tiny.rows(dataset_name=str(listed))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's processes
-    cache.encode_all(tmp_path / "alone", rows, encoders_of(still_wuerstchen), 64)
+    cache.encode_all(tmp_path / "alone", rows, encoders_of(still_wuerstchen))
     torch.set_num_threads(threads)
     assert found == {file.name: file.read_bytes() for file in tmp_path.glob("alone/*")}
     no_encoders(monkeypatch)
@@ -163,7 +163,7 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
 def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
     """What it is sent are names: also where processes are not forked, no tensor is copied."""
     rows = tiny.rows()
-    store = cache.encode_all(tmp_path, rows, encoders_of(wuerstchen), 64)
+    store = cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
     text = store.text[5]["text"]
     packed = pickle.dumps(store)
     assert len(packed) < 20_000
@@ -177,7 +177,7 @@ def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
 def filled(wuerstchen, tmp_path):
     """(folder, rows, the content of its files) of a whole cache."""
     rows = tiny.rows()
-    cache.encode_all(tmp_path / "cache", rows, encoders_of(wuerstchen), 64)
+    cache.encode_all(tmp_path / "cache", rows, encoders_of(wuerstchen))
     files = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     assert len(files) == 8  # of 56 pictures and 57 captions, 16 each
     return tmp_path / "cache", rows, files
@@ -213,7 +213,7 @@ def test_a_damaged_file_alone_is_written_again(wuerstchen, filled, kind, change,
     )  # fmt: skip
     encoders, other = encoders_of(wuerstchen), {"text": "image", "latents": "text"}[kind]
     monkeypatch.delattr(Encoders, other)  # the one that is not needed is not loaded
-    cache.encode_all(folder, rows, encoders, 64)
+    cache.encode_all(folder, rows, encoders)
     assert written == [bad]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -224,7 +224,7 @@ def test_a_file_of_another_length_is_written_again(wuerstchen, filled):
     file = folder / "latents-00000048.safetensors"
     tensors = {"latents": load_file(file)["latents"][:3].clone()}
     save_file(tensors, file, metadata={"sha256": cache.digest(tensors)})
-    cache.encode_all(folder, rows, encoders_of(wuerstchen), 64)
+    cache.encode_all(folder, rows, encoders_of(wuerstchen))
     assert file.read_bytes() == before[file.name]
 
 
@@ -241,13 +241,13 @@ def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Encoders, "latents", stop)
     with pytest.raises(KeyboardInterrupt):
-        cache.encode_all(tmp_path, rows, encoders_of(wuerstchen), 64)
+        cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
     assert len(list(tmp_path.glob("latents-*"))) == 2 and len(list(tmp_path.glob("text-*"))) == 4
     calls.clear(), capsys.readouterr()
     monkeypatch.setattr(
         Encoders, "latents", lambda self, pixels: calls.append(1) or latents(self, pixels)
     )
-    cache.encode_all(tmp_path, rows, encoders_of(wuerstchen), 64)
+    cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
     assert "24 images and 0 captions to encode" in capsys.readouterr().out
     assert len(calls) == 3  # 24 pictures, 8 at a time
 

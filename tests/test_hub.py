@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minwurst.base.errors import UserError
-from minwurst.edge import card, hub, lora_file, run_file
+from minwurst.edge import card, lora_file, push, run_file
 from tests import tiny
 from tests.conftest import command, flags, train_here
 from tests.hub import LoopbackHub
@@ -165,8 +165,8 @@ def finished(wuerstchen, tmp_path_factory):
 
 def again(loopback, folder, repository, *words, **more):
     """`python -m minwurst.hub` without its waiting times."""
-    code = "from minwurst import hub as program; from minwurst.edge import hub; "
-    code += "hub.WAITS = (0, 0, 0); program.main()"
+    code = "from minwurst import hub as program; from minwurst.edge import push; "
+    code += "push.WAITS = (0, 0, 0); program.main()"
     variables = {**loopback.variables, **more}
     words = [folder, repository, *words]
     return command(sys.executable, "-c", code, *words, check=False, **variables)
@@ -200,15 +200,15 @@ def test_a_login_that_is_gone_at_the_end(finished, monkeypatch):
     with pytest.raises(
         UserError, match="No login to the Hub found.* The result is safe in .*minwurst.hub"
     ):
-        hub.push(finished, "me/late")
+        push.push(finished, "me/late")
 
 
 def test_no_result_no_push(finished, tmp_path):
     with pytest.raises(UserError, match="is not the --output_dir of a run: can't read its"):
-        hub.push(tmp_path, "me/empty", "hf_any")
+        push.push(tmp_path, "me/empty", "hf_any")
     (tmp_path / "run.json").write_bytes((finished / "run.json").read_bytes())
     with pytest.raises(UserError, match="contains no result"):
-        hub.push(tmp_path, "me/empty", "hf_any")
+        push.push(tmp_path, "me/empty", "hf_any")
 
 
 def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
@@ -219,7 +219,7 @@ def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
     assert run["published"] == {
         "base": None, "decoder": "warp-ai/wuerstchen", "data": None, "prior_alone": False,
     }  # fmt: skip
-    text = card.card(run, "me/x", hub.results(finished, run))
+    text = card.card(run, "me/x", push.results(finished, run))
     assert "secret" not in text and str(finished.parent) not in text
     assert "Replace THE/BASE" in text and "lora_targets" not in text
     compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "snippet", "exec")
@@ -237,7 +237,7 @@ def asked_here(loopback, monkeypatch):
     """This process asks the loopback Hub, without waiting between tries."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", loopback.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "WAITS", (0,))
+    monkeypatch.setattr(push, "WAITS", (0,))
     monkeypatch.setenv("HF_TOKEN", loopback.token)
     return loopback
 
@@ -256,40 +256,40 @@ def test_repositories_that_can_not_be_pushed_to(asked_here, monkeypatch, capsys,
     monkeypatch.setenv("HF_TOKEN", "")
     token = token.replace("TOKEN", asked_here.token)
     with pytest.raises(UserError, match=re.escape(said)):
-        hub.make_repository(name, token=token)
+        push.make_repository(name, token=token)
     assert "Trying again" not in capsys.readouterr().out
 
 
 def test_a_token_may_end_in_a_blank(asked_here):
-    assert hub.make_repository("blank", token=f" {asked_here.token}\r\n") == "me/blank"
+    assert push.make_repository("blank", token=f" {asked_here.token}\r\n") == "me/blank"
 
 
 def test_an_existing_repository_one_may_not_write_to(asked_here):
     """Making it is answered "it exists"; only the check of the right to write tells."""
-    hub.make_repository("me/there")
+    push.make_repository("me/there")
     asked_here.answer(403, path="/auth-check/write")
     with pytest.raises(UserError, match="Can't push to me/there: .* is somebody else's, or"):
-        hub.make_repository("me/there")
+        push.make_repository("me/there")
 
 
 def test_private_is_not_made_public_in_silence(asked_here):
-    hub.make_repository("me/open")
+    push.make_repository("me/open")
     with pytest.raises(UserError, match="me/open already exists and is public"):
-        hub.make_repository("me/open", private=True)
-    assert hub.make_repository("me/shut", private=True) == "me/shut"
-    assert hub.make_repository("me/shut", private=True) == "me/shut"
+        push.make_repository("me/open", private=True)
+    assert push.make_repository("me/shut", private=True) == "me/shut"
+    assert push.make_repository("me/shut", private=True) == "me/shut"
 
 
 def test_without_the_hub_no_push_is_begun(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_any")
     with pytest.raises(UserError, match="Can't push to me/x: OfflineModeIsEnabled"):
-        hub.make_repository("me/x")
+        push.make_repository("me/x")
 
 
 def test_a_dropped_connection_is_told_without_the_request(asked_here):
     asked_here.answer(0, times=2, path="/api/repos/create")
     with pytest.raises(UserError, match=r"Can't push to me/x: \w+ while talking to the Hub\.$"):
-        hub.make_repository("me/x")
+        push.make_repository("me/x")
 
 
 def test_a_wrong_token_is_said_first(loopback, tmp_path):

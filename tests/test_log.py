@@ -103,11 +103,11 @@ def test_the_token_is_in_no_traceback_and_no_listing(wuerstchen, tmp_path, capsy
     words = [*flags(wuerstchen, tmp_path), f"--hub_token={TOKEN}"]
     code = (
         "import sys, train\nfrom minwurst.base.settings import Settings, from_command_line\n"
-        "from minwurst.edge import dataset, hub\nfrom minwurst.step import distributed\n"
+        "from minwurst.edge import dataset, push\nfrom minwurst.step import distributed\n"
         "def fail(*_):\n    raise RuntimeError(f'{settings} {sys.argv}')\n"
         "dataset.find = fail\ninner = train.main\n"
         "def main(given):\n    global settings\n    settings = given\n    inner(given)\n"
-        "distributed.run(main, from_command_line(Settings), hub.push_result)"
+        "distributed.launch(main, from_command_line(Settings), push.push_result)"
     )
     status, printed = command(sys.executable, "-c", code, *words, check=False)
     assert status == 1 and "RuntimeError: Settings(" in printed and "--hub_token=***" in printed

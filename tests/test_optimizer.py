@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minwurst.run import state
-from minwurst.step.optimizer import EMA, adamw, learning_rates
+from minwurst.step.optimizer import EMA, choose_adamw, learning_rates
 
 
 def toy(seed=0):
@@ -24,7 +24,7 @@ def step(model, optimizer, number):
 
 
 def make_adamw(trainable, lr=1e-2):
-    return adamw()(trainable.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8)
+    return choose_adamw()(trainable.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8)
 
 
 def test_adamw_is_torchs():

@@ -116,6 +116,6 @@ def test_a_user_error_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("sys.argv", ["train.py", *DATA])
     with pytest.raises(SystemExit) as stopped:
-        distributed.run(fail, from_command_line(Settings), print)
+        distributed.launch(fail, from_command_line(Settings), print)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "train.py: Row 3: broken.\n"

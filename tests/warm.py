@@ -232,7 +232,7 @@ if __name__ == "__main__":
     import lora
     import train
     from minwurst.base.settings import LoRASettings, Settings, from_command_line
-    from minwurst.edge import export, hub, lora_file, models, run_file
+    from minwurst.edge import export, lora_file, models, push, run_file
     from minwurst.run import checkpoint, estimate
     from minwurst.step import diffusion, distributed, randomness
 
@@ -264,4 +264,4 @@ if __name__ == "__main__":
             Operations(request["kill_at"])
         distributed.TIMEOUT = datetime.timedelta(seconds=request["patience"])
         main, kind = SCRIPTS[request["script"]]
-        distributed.run(main, from_command_line(kind), hub.push_result)
+        distributed.launch(main, from_command_line(kind), push.push_result)

@@ -1,8 +1,8 @@
 """Images and captions encoded once, before training, instead of in every epoch.
 
-    encoded = encode_all(folder, rows, encoders, 768)       # reads and writes `folder`
-    samples = EncodedSamples(rows, 768, seed, encoded=encoded)
-    sample = samples[position]              # {"latents", "condition", "positions"}
+    encoded = encode_all(folder, rows, encoders)            # reads and writes `folder`
+    samples = encoded.samples(rows, seed)                   # as from encoders.Encoders,
+    latents, condition = encoded.encode(batch)              # but nothing is encoded any more
 
 All rows' latents and the conditions of all distinct captions, including the empty one, are stored
 in safetensors files of SHARD entries each, in a folder named after everything that they depend on.
@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from minwurst.base.console import gib, progress, say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
-from minwurst.edge import dataset, files
+from minwurst.edge import dataset, files, models
 from minwurst.step import distributed
+from minwurst.step.distributed import to_device
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.samples import Samples, batches, captions_of
 
@@ -128,9 +129,14 @@ class ShardedTensors:
 
 
 class EncodedRows:
-    """All rows' latents by row number, and all their captions' conditions by caption."""
+    """All rows' latents by row number, and all their captions' conditions by caption.
 
-    def __init__(self, folder, rows):
+    It has the methods of the encoders that it takes the place of.
+    """
+
+    def __init__(self, folder, rows, encoders):
+        self.side, self.compute_type = encoders.side, encoders.compute_type
+        self.device, self.prompts = encoders.device, encoders.prompts
         self.captions, self.rows = {"": 0}, {}
         for row in rows.select_columns(["text", "number"]):
             self.rows[row["number"]] = len(self.rows)
@@ -138,6 +144,19 @@ class EncodedRows:
                 self.captions.setdefault(caption, len(self.captions))
         self.latents = ShardedTensors(folder, "latents", len(self.rows))
         self.text = ShardedTensors(folder, "text", len(self.captions))
+
+    def samples(self, rows, seed, caption_dropout=0.0):
+        """The stream of these rows' samples, to read with `batches`."""
+        return EncodedSamples(rows, self.side, seed, caption_dropout, encoded=self)
+
+    def encode(self, batch):
+        """(latents, condition) of a batch, on the device."""
+        condition = batch["condition"].items()
+        condition = {name: to_device(tensor, self.device) for name, tensor in condition}
+        return to_device(batch["latents"], self.device), condition
+
+    def frozen(self):
+        return []
 
 
 class EncodedSamples(Samples):
@@ -166,13 +185,32 @@ class ImagesInOrder(torch.utils.data.Dataset):
         return {"pixels": preprocess(open_image(self.rows[number]), self.side)}
 
 
-def encode_all(folder, rows, encoders, side, workers=0, entry_bytes=(0, 0)):
+def open_source(run, data, compute_type):
+    """Where latents and conditions come from: the encoders, or with --cache_latents, EncodedRows.
+
+    In the latter case, everything is encoded here. run: a Run, identified. data: a
+    dataset.CaptionedImages. compute_type: of the text encoder.
+    """
+    settings, side = run.settings, run.settings.resolution
+    encoders = models.make_encoders(run.parts, side, compute_type, run.device)
+    encoders.add_prompts(settings.validation_prompts or [])
+    if not settings.cache_latents:
+        return encoders
+    folder = folder_for(
+        dataset.cache_folder(settings), data=data.fingerprint, encoders=run.identity["encoders"],
+        resolution=side, text_type=str(compute_type),
+    )  # fmt: skip
+    entry_bytes = models.encoded_bytes(run.parts, side, compute_type)
+    return encode_all(folder, data.every, encoders, settings.dataloader_num_workers, entry_bytes)
+
+
+def encode_all(folder, rows, encoders, workers=0, entry_bytes=(0, 0)):
     """The EncodedRows in `folder`. Whatever is missing is encoded, shared by the ranks.
 
     rows: all rows that will be asked for, checked. encoders: unloaded afterwards; an encoder that
     is not needed is not even loaded. entry_bytes: of one image's latents and one condition.
     """
-    encoded = EncodedRows(folder, rows)
+    encoded = EncodedRows(folder, rows, encoders)
     missing = [(encoded.latents, encoded.latents.missing()), (encoded.text, encoded.text.missing())]
     distributed.on_main(announce, folder, missing, entry_bytes)
     captions = list(encoded.captions)
@@ -181,7 +219,7 @@ def encode_all(folder, rows, encoders, side, workers=0, entry_bytes=(0, 0)):
         return ([captions[number] for number in part] for part in parts)
 
     def read_images(parts):
-        loaded = batches(ImagesInOrder(rows, side), parts, workers)
+        loaded = batches(ImagesInOrder(rows, encoders.side), parts, workers)
         return (batch["pixels"] for batch in loaded)
 
     def encode_images(pixels):

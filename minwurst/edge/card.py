@@ -71,7 +71,7 @@ prior.load_lora_weights("{repository}", weight_name="{file}")
 
 
 def card(run, repository, files):
-    """The card's text. run: as run_file.read gives it. files: as hub.results gives them."""
+    """The card's text. run: as run_file.read gives it. files: as push.results gives them."""
     settings, base, data = run["settings"], run["published"]["base"], run["published"]["data"]
     is_lora = lora_file.FILE in files
     metadata = huggingface_hub.ModelCardData(

@@ -1,7 +1,7 @@
 """The data set: where captioned images come from, and how every row is checked beforehand.
 
     table = find(settings)                        # quick; every row is read in the second call
-    data = check(table, settings, seed)
+    data = check_and_split(table, settings, seed)
     data.rows, data.held_out, data.fingerprint
 
 `datasets` reads the tables; images stay encoded until they are needed (step/images.py).
@@ -41,8 +41,8 @@ class CaptionedImages:
     fingerprint: str
 
 
-def check(table, settings, seed):
-    """Check every row and split the rows. All ranks must call it, and get the same."""
+def check_and_split(table, settings, seed):
+    """Check every row, and hold some out. All ranks must call it, and get the same."""
     every, known_good = sample_rows(table, settings.max_train_samples, seed), None
     if settings.cache_latents:
         known_good = cache_folder(settings) / "good_rows.txt"

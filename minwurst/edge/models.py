@@ -2,7 +2,7 @@
 
     parts = find(settings)                     # folders, checked; nothing large is loaded
     prior = load_prior(parts.prior)
-    encoders = make_encoders(parts, torch.bfloat16, device)
+    encoders = make_encoders(parts, 768, torch.bfloat16, device)
 
 Parts are loaded one by one because the Hub's Würstchen pipelines have not loaded as a whole since
 diffusers 0.38. Only safetensors and JSON files are read: no pickle, no remote code.
@@ -248,10 +248,10 @@ def load_image_encoder(folder):
     return load_part(load, folder).requires_grad_(False).eval()
 
 
-def make_encoders(parts, text_type, device):
-    """The frozen encoders, not loaded yet. text_type: of the text encoder."""
+def make_encoders(parts, side, compute_type, device):
+    """The frozen encoders, not loaded yet. side: of the images. compute_type: of the text's."""
     return Encoders(
-        lambda: load_text(parts.text, text_type),
+        lambda: load_text(parts.text, compute_type),
         lambda: load_image_encoder(parts.image_encoder),
-        device,
-    )
+        side, compute_type, device,
+    )  # fmt: skip

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import platform
 import re
-import secrets
 import subprocess
 import time
 from pathlib import Path
@@ -20,16 +19,23 @@ FILE = "run.json"
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
 
 
-def write(run):
-    """Write a Run's run.json and return the run's id. A resumed run keeps its id.
-
-    Each start of the run adds an entry to `starts`.
-    """
-    file, settings = run.folder / FILE, public(run.settings)
+def earlier(folder):
+    """What run.json contains so far; {} if that can't be read, since training does not need it."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8")) if run.checkpoint else {}
-    except (OSError, ValueError):  # it is for people; training does not need it
-        before = {}
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def known_id(folder):
+    """The id of the run in this folder, or None."""
+    return earlier(folder).get("id")
+
+
+def write(run):
+    """Write a Run's run.json. Each start of the run adds an entry to `starts`."""
+    file, settings = run.folder / FILE, public(run.settings)
+    before = earlier(run.folder) if run.checkpoint else {}
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resumed_from": run.checkpoint.name if run.checkpoint else None,
@@ -39,7 +45,7 @@ def write(run):
         **{package: importlib.metadata.version(package) for package in PACKAGES},
     }
     content = {
-        "id": before.get("id") or secrets.token_hex(4),
+        "id": run.id,
         "settings": settings,
         "identity": run.identity,
         "published": publishable_names(settings, run.parts.prior_alone),
@@ -49,7 +55,6 @@ def write(run):
     with replacing(file) as draft:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         draft.write_text(text + "\n", encoding="utf-8")
-    return content["id"]
 
 
 def read(folder):

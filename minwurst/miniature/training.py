@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minwurst.run import checkpoint
 from minwurst.run.state import State
 from minwurst.step import diffusion
-from minwurst.step.optimizer import EMA, adamw, learning_rates
+from minwurst.step.optimizer import EMA, choose_adamw, learning_rates
 
 SEED = 0
 
@@ -20,7 +20,7 @@ def train(work, part, model, loss_of, *, steps, learning_rate, decay=0.998, ever
     folder.mkdir(parents=True, exist_ok=True)
     trainable = dict(model.named_parameters())
     ema = EMA(trainable, decay)
-    optimizer = adamw()(
+    optimizer = choose_adamw()(
         trainable.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, eps=1e-8
     )
     # The buffers of batch norms are saved with the weights.

@@ -46,13 +46,11 @@ def activations(
             if adapt:
                 adapt(prior)
             prior.gradient_checkpointing = recompute
-            shape = (batch, config["c_in"], latent_size, latent_size)
-            noisy = torch.empty(shape, dtype=torch.float32)
-            t = torch.empty(batch, dtype=torch.float32)
-            text = torch.empty(batch, tokens, config["c_cond"], dtype=compute_type)
+            x, t, condition = WuerstchenPrior.example_inputs(prior, batch, latent_size, tokens)
+            inputs = x.float(), t.float(), *(c.to(compute_type) for c in condition.values())
             autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
             with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
-                prior(noisy, t, text)
+                prior(*inputs)
             for weight in prior.parameters():  # counted as weights
                 storages.pop(weight.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in storages.values())

@@ -12,6 +12,7 @@ It holds no model and no optimizer, and trains nothing. All ranks must call its 
 
 import fcntl
 import math
+import secrets
 import shlex
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
 from minwurst.base.settings import LoRASettings, facts_of, public
-from minwurst.edge import files, hub, models, run_file
+from minwurst.edge import files, models, push, run_file
 from minwurst.edge.card import BEFORE_AFTER
 from minwurst.run import checkpoint, estimate, trackers
 from minwurst.step import randomness
@@ -40,7 +41,7 @@ MEANING = {
 class Run:
     """Attributes: settings, device, folder, seed, checkpoint (the folder to resume from, or None),
     layout (how a step's batch is divided), and after `identify` also parts, identity, rows (how
-    many are trained on), last_step and steps (the range still to run).
+    many are trained on), last_step, steps (the range still to run) and id.
     """
 
     def __init__(self, settings, device, folder, resumed, progress):
@@ -70,7 +71,7 @@ class Run:
         on_main(trackers.check, settings.report_to)
         if settings.push_to_hub:  # so that a wrong token fails now
             settings.hub_model_id = on_main(
-                hub.make_repository, settings.hub_model_id or folder.resolve().name,
+                push.make_repository, settings.hub_model_id or folder.resolve().name,
                 settings.hub_private, settings.hub_token,
             )  # fmt: skip
         run.changes = check_same_run(progress["settings"], public(settings))
@@ -98,6 +99,8 @@ class Run:
         for change in self.changes + check_same_run(self.progress["identity"], self.identity):
             say(f"changed since the checkpoint: {change}")
         on_main(checkpoint.set_aside_later, self.folder, self.progress["step"])
+        self.id = on_main(run_file.known_id, self.folder) if self.checkpoint else None
+        self.id = self.id or on_main(secrets.token_hex, 4)
 
         self.rows, self.last_step = len(data.rows), self.settings.max_train_steps
         if self.last_step is None:
@@ -120,7 +123,7 @@ class Run:
     def announce(self, prior, source):
         """Report what the run needs, refuse a disk that is too small, and write run.json."""
         estimate.announce(self, prior, source)
-        self.id = on_main(run_file.write, self)
+        on_main(run_file.write, self)
 
     def is_save_due(self, step):
         return step % self.settings.checkpointing_steps == 0 or step == self.last_step

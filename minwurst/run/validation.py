@@ -171,9 +171,8 @@ class HeldOutLoss:
         seed = self.samples.seed
         for batch in batches(self.samples, parts, self.workers):
             latents, condition = self.source.encode(batch)
-            positions, device = batch["positions"], latents.device
-            uniform = randomness.uniform(seed, positions, device)
-            noise = randomness.noise(seed, positions, latents.shape[1:], device)
+            uniform = randomness.uniform(seed, batch["positions"], latents.device)
+            noise = randomness.noise_like(latents, seed, batch["positions"])
             for quarter in range(4):
                 t = (quarter + uniform) / 4                                          # (B,)
                 noisy = diffusion.add_noise(latents, noise, t)

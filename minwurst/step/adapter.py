@@ -104,8 +104,12 @@ def adapters(prior):
 
 def adapter_weights(prior):
     """The adapters' parameters by name: all that is trained, saved and averaged."""
-    weights = prior.named_parameters()
-    return {name: weight for name, weight in weights if name.endswith((".lora_A", ".lora_B"))}
+    return {
+        f"{name}.{part}": weight
+        for name, adapter in adapters(prior).items()
+        for part, weight in adapter.named_parameters()
+        if not part.startswith("base.")
+    }
 
 
 def set_scale(prior, scale):

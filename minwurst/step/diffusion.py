@@ -12,15 +12,14 @@ The network predicts the noise ε, not the clean latents (Ho, Jain, Abbeel 2020,
 eq. 14): ε has unit variance at every t, so one loss fits all times, and predicting zero costs
 exactly 1. Everything here is fp32: in bf16, t = 0.999 and t = 1 are the same number.
 
-To train another prediction, change PREDICTION, `target` and `predicted_noise`: the loop, the
-held-out loss and the sampler all use these.
+To train another prediction, change `target` and `predicted_noise`: the loop, the held-out loss and
+the sampler use these.
 """
 
 import math
 
 import torch
 
-PREDICTION = "epsilon"
 S = 0.008  # offset of the schedule; without it the noise near t = 0 would be too small to matter
 # The image encoder's outputs have a standard deviation of about 42 (measured: 53), and diffusion
 # wants about 1, because the noise has 1.

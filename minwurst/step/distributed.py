@@ -28,7 +28,7 @@ from minwurst.base.ranks import is_main, rank, world_size
 TIMEOUT = datetime.timedelta(minutes=60)
 
 
-def run(main, settings, then):
+def launch(main, settings, then):
     """Call main(settings) as a program, and `then(settings)` on the main rank after it.
 
     `then` runs when all ranks are done, so it may take longer than they would wait. If main returns
@@ -76,6 +76,13 @@ def start():
             world_size=world, store=torch_distributed.PrefixStore(f"start {attempt}", store),
         )  # fmt: skip
     return rank(), device
+
+
+def to_device(tensor, device):
+    """The tensor on the device. On a GPU the copy overlaps with the work already queued."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def wrap_ddp(model, device, autocast):

@@ -1,9 +1,11 @@
 """The two frozen encoders: what turns images and captions into what the prior works on.
 
+    samples = encoders.samples(rows, seed)
     latents, condition = encoders.encode(batch)      # (B, 16, h, w), {"text": (B, 77, D)}
 
 The condition is a dict that is passed on unread, to the cache, the loop, the sampler and finally
-the network as keyword arguments: model(noisy, t, **condition).
+the network as keyword arguments: model(noisy, t, **condition). With --cache_latents, EncodedRows in
+edge/cache.py takes the encoders' place, with the same methods.
 """
 
 import functools
@@ -12,15 +14,23 @@ import torch
 
 from minwurst.base.console import say
 from minwurst.step import diffusion
-from minwurst.step.transfer import to_device
+from minwurst.step.distributed import to_device
+from minwurst.step.samples import Samples
 
 
 class Encoders:
-    """The text encoder and the image encoder, each loaded when it is first needed."""
+    """The text encoder and the image encoder, each loaded when it is first needed.
 
-    def __init__(self, load_text, load_image, device):
-        """load_text: () → (tokenizer, text encoder). load_image: () → image encoder."""
-        self.load_text, self.load_image, self.device = load_text, load_image, device
+    prompts: {prompt: condition of the prompt and of the empty caption, {name: (2, …)}}, for
+    validation.
+    """
+
+    def __init__(self, load_text, load_image, side, compute_type, device):
+        """load_text: () → (tokenizer, text encoder). load_image: () → image encoder. side: of the
+        images in pixels. compute_type: of the text encoder.
+        """
+        self.load_text, self.load_image = load_text, load_image
+        self.side, self.compute_type, self.device, self.prompts = side, compute_type, device, {}
 
     @functools.cached_property
     def text(self):
@@ -33,8 +43,12 @@ class Encoders:
         """The image encoder on the device, fp32 as its authors used it."""
         return self.load_image().to(self.device)
 
+    def samples(self, rows, seed, caption_dropout=0.0):
+        """The stream of these rows' samples, to read with `batches`."""
+        return Samples(rows, self.side, seed, caption_dropout)
+
     def encode(self, batch):
-        """(latents, condition) of a batch, on the device."""
+        """(latents, condition) of a batch, on the device, without gradients."""
         return self.latents(batch["pixels"]), self.condition(batch["captions"])
 
     @torch.no_grad()
@@ -50,14 +64,19 @@ class Encoders:
         """B captions → {"text": the text encoder's states (B, 77, D), in its type}."""
         return {"text": encode_text(*self.text, captions)}
 
-    def report_truncated(self, prompts):
-        """Report prompts that are longer than the text encoder's context."""
-        tokenizer = self.text[0]
+    def add_prompts(self, prompts):
+        """Encode validation prompts, and report those longer than the text encoder's context."""
         for prompt in prompts:
+            tokenizer = self.text[0]
             count = len(tokenizer(prompt, verbose=False).input_ids)
             most = tokenizer.model_max_length
             if count > most:
                 say(f"The prompt “{prompt[:40]}…” has {count} tokens; only {most} are read.")
+            self.prompts[prompt] = self.condition([prompt, ""])
+
+    def frozen(self):
+        """The modules that stay on the device."""
+        return [self.text[1], self.image]
 
     def unload(self):
         """Free their memory. What is needed again is loaded again."""

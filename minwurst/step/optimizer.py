@@ -1,6 +1,6 @@
 """What turns gradients into weights: AdamW, the learning-rate schedule, the moving average.
 
-    optimizer = adamw(eight_bit=False)(parameters, lr=1e-4, betas=(0.9, 0.999), …)
+    optimizer = choose_adamw()(parameters, lr=1e-4, betas=(0.9, 0.999), …)
     schedule = learning_rates(optimizer, "cosine", warmup=500, total=15000, updates=0)
     ema = EMA(trainable, decay=0.9999)
 """
@@ -12,7 +12,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 
-def adamw(eight_bit=False):
+def choose_adamw(eight_bit=False):
     """The optimizer's constructor: torch's fused AdamW, one kernel for all weights, or 8-bit."""
     if not eight_bit:
         return functools.partial(torch.optim.AdamW, fused=True)

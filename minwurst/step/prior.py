@@ -151,12 +151,11 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
         """Keep all that the backward pass needs: a third faster, ten times the memory."""
         self.gradient_checkpointing = False
 
-    def example_inputs(self):
-        """The smallest (x, t, condition) that forward takes: one pixel, one token, all zero."""
-        c_in, c_cond = self.config.c_in, self.config.c_cond
-        shapes = ((1, c_in, 1, 1), (1,), (1, 1, c_cond))
-        x, t, text = (torch.zeros(shape, device=self.device) for shape in shapes)
-        return x, t, {"text": text}
+    def example_inputs(self, batch=1, size=1, tokens=1):
+        """(x, t, condition) of zeros, as forward takes them. size: of the latents."""
+        x = torch.zeros(batch, self.config.c_in, size, size, device=self.device)
+        text = torch.zeros(batch, tokens, self.config.c_cond, device=self.device)
+        return x, torch.zeros(batch, device=self.device), {"text": text}
 
     def forward(self, x, t, text):
         """Predict the noise in x.

@@ -14,7 +14,7 @@ import secrets
 import numpy as np
 import torch
 
-from minwurst.step.transfer import to_device
+from minwurst.step.distributed import to_device
 
 # Each purpose has its own independent family of streams.
 ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT, HELD_OUT, SAMPLING, DECODING = range(8)
@@ -62,11 +62,15 @@ def uniform(seed, positions, device=CPU):
     return to_device(torch.from_numpy(np.array(numbers, dtype=np.float32)), device)
 
 
-def noise(seed, positions, shape, device=CPU):
+def noise(seed, positions, shape):
     """Standard normal noise, (B, *shape) fp32."""
     streams = [generator(seed, NOISE, int(p)) for p in positions]
-    numbers = np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])
-    return to_device(torch.from_numpy(numbers), device)
+    return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
+
+
+def noise_like(latents, seed, positions):
+    """Noise for latents (B, …): of their shape and on their device, fp32."""
+    return to_device(noise(seed, positions, latents.shape[1:]), latents.device)
 
 
 def dropout_seed(seed, step, rank):
