@@ -88,12 +88,12 @@ def main(settings):
 
     # What watches: memory and disk before the first step, then non-finite numbers, log, validation.
     run.announce(prior, source)
-    guard = FiniteGuard(fp16=scaler.is_enabled(), samples=samples, layout=run.layout)
+    guard = FiniteGuard(fp16=scaler.is_enabled(), samples=samples, layout=run.layout)  # names rows
     log = open_log(run)
     averaged = EvaluationModel(prior, ema, autocast)  # the unwrapped prior, with averaged weights
     validate = Validation(run, data, source, averaged, log)
     if not run.checkpoint:
-        validate(0)
+        validate(0)  # how it was before training
     accumulation, signal = settings.gradient_accumulation_steps, signals.NOTHING
     signals.listen()  # until here, a signal simply ends the process
 
@@ -105,13 +105,13 @@ def main(settings):
             batch = next(stream)
             latents, condition = source.encode(batch)      # (B, 16, h, w), {"text": (B, 77, D)}
 
-            # Time and noise follow from the seed and a sample's position, and are drawn on the CPU.
+            # Time (0 is clean, 1 is noise) and noise follow from the seed and a sample's position.
             positions = batch["positions"]                                       # B integers
             uniform = randomness.uniform(run.seed, positions, latents.device)                # (B,)
             t = diffusion.timesteps(uniform, settings.timestep_sampling)                     # (B,)
             noise = randomness.noise_like(latents, run.seed, positions)            # (B, 16, h, w)
             noisy = diffusion.add_noise(latents, noise, t)                         # (B, 16, h, w)
-            target = diffusion.target(latents, noise, t)                           # (B, 16, h, w)
+            target = diffusion.target(latents, noise, t)         # the noise itself, (B, 16, h, w)
 
             with distributed.sync_gradients(model, last=micro_step == accumulation - 1):
                 with autocast:
@@ -126,7 +126,7 @@ def main(settings):
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), settings.max_grad_norm)
         # Here the host waits for the device, and ranks agree whether to update, save or stop.
         finite, signal = guard.check(step, step_loss, norm)
-        scaler.step(optimizer)  # in fp16, skips the update if the gradient overflowed
+        scaler.step(optimizer)  # skips the update if not finite, which happens in fp16 only
         scaler.update()
         optimizer.zero_grad(set_to_none=model is prior)  # under DDP, gradients stay in its buckets
         log.step(step, step_loss, norm, schedule.get_last_lr()[0])
@@ -135,17 +135,18 @@ def main(settings):
             schedule.step()
             ema.update(updates)
 
-        if signal not in signals.ENDING:
+        stop = signal in signals.ENDING
+        if not stop:
             validate(step)
         if signal or run.is_save_due(step):  # any signal asks for a checkpoint
             run.save(step, updates, state)
-        if signal in signals.ENDING:
+        if stop:
             break
     # ============================================================================================
 
     log.close()
     if signals.finish(signal):
-        return signal
+        return signal  # the exit code is 128 more
     with ema.in_place():
         result = distributed.on_main(lora_file.save, prior, run.folder / lora_file.FILE)
     run.report(result)

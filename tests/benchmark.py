@@ -1,15 +1,15 @@
-"""Speed and memory, compared with the reference's way of doing the same.
+"""Speed and memory compared with the reference implementation.
 
     python -m tests.benchmark                        # everything: half an hour on two cores
     python -m tests.benchmark step memory --rounds=9
 
-"The reference" does what diffusers' training script does: its class of the prior with its default
-attention, torch's default AdamW, timesteps drawn in the compute type, two host–device
-synchronisations per micro-step, and images that are decoded and encoded again in every epoch. Both
-sides take turns in one process (whole runs: each in its own process, in turn), so that other load
-on the machine affects both. A time is the median over rounds, a ratio the median of the rounds'
-ratios, with the lowest and the highest. Before anything is timed, both are checked to compute the
-same. tests/README.md has the output.
+The reference follows diffusers' training script: diffusers' prior with its default attention,
+torch's default AdamW, timesteps sampled in the compute type, two host–device synchronisations per
+micro-step, and images decoded and encoded again in every epoch. Both sides alternate in one process
+(complete runs: one process each, alternating), so that other load on the machine affects both.
+Times are medians over rounds; ratios are medians of the per-round ratios, with the lowest and the
+highest. Before timing, both sides are checked to compute the same results. tests/README.md has the
+output.
 """
 
 import argparse
@@ -53,14 +53,14 @@ from tests import tiny
 
 Reference = class_beside(diffusers.WuerstchenPriorPipeline, "WuerstchenPrior")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PIECE = {**PUBLISHED, "depth": 2}  # the published width, a sixteenth of the depth
+PIECE = {**PUBLISHED, "depth": 2}  # the published width, 1/16 of the depth
 WORK = Path("runs/benchmark")
 MODEL = WORK / "wuerstchen"
-SIZE = 24  # of the latents of 768 pixels
+SIZE = 24  # latent size at 768 pixels
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-# ---- Taking turns.
+# ---- Alternating timing.
 
 
 def wait():
@@ -69,7 +69,7 @@ def wait():
 
 
 def take_turns(sides, rounds):
-    """Seconds of each function in `sides`, by name, in each round; a first one is not counted."""
+    """Seconds per round of each function in `sides`, by name. A first warm-up round is dropped."""
     seconds = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name in list(sides) if number % 2 else reversed(sides):
@@ -86,7 +86,7 @@ def duration(seconds):
 
 
 def row(what, theirs, ours):
-    """A line of the table from the seconds of both sides' rounds."""
+    """Print a table row from the seconds per round of both sides."""
     ratios = [one / two for one, two in zip(theirs, ours, strict=True)]
     medians = [duration(statistics.median(found)) for found in (theirs, ours)]
     spread = f"{min(ratios):.2f} – {max(ratios):.2f}"
@@ -119,7 +119,7 @@ def make_pair(config):
 
 
 def make_batch(batch, size, compute_type):
-    """(latents, text) such as the encoders give."""
+    """(latents, text), random, shaped like the encoders' output."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, 16, size, size, generator=generator)
     text = torch.randn(batch, 77, 1280, generator=generator)
@@ -131,7 +131,7 @@ def autocast(compute_type):
 
 
 def our_pass(prior, latents, text, compute_type, position=0):
-    """Forward and backward as in the loop."""
+    """Forward and backward pass as in the training loop."""
     positions = range(position, position + len(latents))
     t = to_device(diffusion.timesteps(randomness.uniform(1, positions), "uniform"), DEVICE)
     noise = to_device(randomness.noise(1, positions, latents.shape[1:]), DEVICE)
@@ -145,7 +145,7 @@ def our_pass(prior, latents, text, compute_type, position=0):
 
 
 def reference_pass(prior, latents, text, compute_type):
-    """Forward and backward as in the reference, with its two reads of the device."""
+    """Forward and backward pass as in the reference, with its two host–device synchronisations."""
     noise = torch.randn_like(latents)
     t = torch.rand(len(latents), device=DEVICE, dtype=compute_type)
     noisy = diffusers.DDPMWuerstchenScheduler().add_noise(latents, noise, t)
@@ -172,7 +172,7 @@ def default_optimizer(trainable):
 
 
 def assert_same(ours, reference, latents, text, bounds):
-    """Same output and gradients without dropout, same weights after an update of the same ones."""
+    """Outputs and gradients agree without dropout; an update of equal weights agrees too."""
     t = torch.rand(len(latents), device=DEVICE)
     for compute_type, bound in bounds.items():
         outputs = []
@@ -183,7 +183,7 @@ def assert_same(ours, reference, latents, text, bounds):
             outputs[-1].square().mean().backward()
         agree(*outputs, bound, f"the output in {NAMES[compute_type]}")
         for (name, one), two in zip(ours.named_parameters(), reference.parameters(), strict=True):
-            if not name.endswith("to_k.bias"):  # zero but for rounding
+            if not name.endswith("to_k.bias"):  # zero up to rounding
                 agree(one.grad, two.grad, 5 * bound, f"{name}'s gradient in {NAMES[compute_type]}")
     weights = [torch.randn(1000, device=DEVICE) for _ in range(2)]
     weights[1].copy_(weights[0])
@@ -195,7 +195,7 @@ def assert_same(ours, reference, latents, text, bounds):
 
 
 def flops(config, batch, size):
-    """Floating-point operations of a forward and backward pass: three times the forward one's."""
+    """FLOPs of a forward and backward pass: three times those of the forward pass."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         noisy, text = torch.empty(batch, 16, size, size), torch.empty(batch, 77, 1280)
         WuerstchenPrior(**config)(noisy, torch.empty(batch), text)
@@ -203,7 +203,7 @@ def flops(config, batch, size):
 
 
 def matmul_peak(compute_type, rounds):
-    """FLOP/s of the fastest square matrix product that was found."""
+    """FLOP/s of the fastest square matrix product measured."""
     best = 0
     for side in (2048, 4096) if DEVICE.type == "cpu" else (4096, 8192, 16384):
         a = torch.randn(side, side, device=DEVICE, dtype=compute_type)
@@ -258,14 +258,14 @@ def step(rounds):
         )
 
 
-# ---- Memory, counted on tensors that have none.
+# ---- Memory, counted on meta tensors.
 
 
 def memory(rounds=0):
-    """What autograd keeps for the backward pass per image of 768 pixels, at the real size.
+    """Bytes autograd keeps for the backward pass per image at 768 pixels, at the published size.
 
-    Two images less one: the weights' copies in bf16, which autocast keeps once on both sides,
-    are not in it.
+    Computed as two images minus one, which excludes the bf16 copies of the weights that autocast
+    keeps once on both sides.
     """
 
     def a_picture(compute_type, kind, recompute=False):
@@ -285,11 +285,11 @@ def memory(rounds=0):
             print(f"| {what} | {kept} of it | counted |")
 
 
-# ---- Pictures and captions.
+# ---- Images and captions.
 
 
 def make_pictures(folder, count, side=1024):
-    """Captioned JPEG pictures: the tests' own, enlarged."""
+    """Captioned JPEG images: the test images, enlarged."""
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         rows = tiny.rows().select(range(count))
@@ -304,7 +304,7 @@ def make_pictures(folder, count, side=1024):
 
 
 def make_wuerstchen(folder):
-    """Encoders of the published sizes, in the types they are used in, and a small prior; random."""
+    """Random encoders of the published sizes, in the dtypes used in training, and a small prior."""
     if not (folder / "prior").is_dir():
         rows = tiny.rows()
         tokenizer = tiny.make_tokenizer(rows["text"], size=700, length=77)
@@ -318,7 +318,7 @@ def make_wuerstchen(folder):
         with estimate.default_type(torch.bfloat16):
             transformers.CLIPTextModel(bigg).save_pretrained(folder / "text_encoder")
         encoder = EfficientNetEncoder().train()
-        with torch.no_grad():  # batch norms that have seen images give latents of unit variance
+        with torch.no_grad():  # calibrated batch norms give latents of unit variance
             for module in encoder.modules():
                 if isinstance(module, torch.nn.BatchNorm2d):
                     module.momentum = None
@@ -330,7 +330,7 @@ def make_wuerstchen(folder):
 
 
 def reference_pixels(picture, side):
-    """As torchvision does it: the whole picture is resized, then cut, then normalised."""
+    """Preprocess as torchvision does: resize the whole image, crop, normalise."""
     picture = picture.convert("RGB")
     width, height = picture.size
     size = [int(side * length / min(width, height)) for length in (width, height)]
@@ -344,7 +344,7 @@ def reference_pixels(picture, side):
 
 
 def reference_image_encoder(folder):
-    """In the plain memory format; the caller casts it to the reference's type, the compute type."""
+    """The encoder in the default memory format; the caller casts it to the compute type."""
     encoder = EfficientNetEncoder.from_pretrained(folder, low_cpu_mem_usage=False)
     return encoder.requires_grad_(False).eval().to(DEVICE)
 
@@ -355,7 +355,7 @@ def open_pictures():
 
 
 def read_data(rounds):
-    """Eight JPEG pictures of 1024 pixels become what the image encoder takes."""
+    """Decode and preprocess eight JPEG images of 1024 pixels for the image encoder."""
     rows = open_pictures().select(range(8))
     files = [found["image"]["path"] for found in rows]
 
@@ -372,7 +372,7 @@ def read_data(rounds):
 
 @torch.no_grad()
 def encoded_both_ways(folder, rows):
-    """(the reference's pairs, those out of a cache), functions each; shown to give the same."""
+    """Functions (encode as the reference, read from a cache), checked to return the same."""
     encoders = models.make_encoders(tiny.parts(folder), 768, torch.bfloat16, DEVICE)
     image_encoder = reference_image_encoder(folder / "image_encoder")
 
@@ -383,10 +383,10 @@ def encoded_both_ways(folder, rows):
         return latents, encoders.condition(list(rows["text"]))["text"]
 
     with tempfile.TemporaryDirectory(dir=WORK) as place:
-        with contextlib.redirect_stdout(sys.stderr):  # what it says is no part of the table
+        with contextlib.redirect_stdout(sys.stderr):  # keeps its output out of the table
             encoded = cache.encode_all(Path(place), rows, encoders)
         samples = encoded.samples(rows, 1)
-        found = [samples[n] for n in range(len(rows))]  # which maps the files, so they may go
+        found = [samples[n] for n in range(len(rows))]  # maps the files, so they can be deleted
 
     def ours():
         return encoded.encode(collate([samples[position] for position in range(len(rows))]))
@@ -395,13 +395,13 @@ def encoded_both_ways(folder, rows):
     latents, condition = ours()
     for one, two in zip((latents, condition["text"]), theirs(), strict=True):
         agree(one, two[order], 2e-2, "a pair from the cache")
-    image_encoder.to(torch.bfloat16)  # the reference's type, in which random weights say little
+    image_encoder.to(torch.bfloat16)  # the reference's type, too coarse to compare in
     return theirs, ours
 
 
 @torch.no_grad()
 def encode(rounds, count=8):
-    """Pictures and captions become pairs: encoded, or read from the cache."""
+    """Images and captions to latents and text states: encoded, or read from the cache."""
     rows = open_pictures().select(range(count))
     folder, half = make_wuerstchen(MODEL), torch.bfloat16
     their_pairs, our_pairs = encoded_both_ways(folder, rows)
@@ -421,7 +421,7 @@ def encode(rounds, count=8):
 
 
 def save(rounds):
-    """Weights and optimizer of the prior's piece: here with checksums, flushed and renamed."""
+    """Save weights and optimizer of PIECE; ours adds checksums, flushing and an atomic rename."""
     prior, _ = make_pair(PIECE)
     trainable = dict(prior.named_parameters())
     optimizer = our_optimizer(trainable.values())
@@ -443,11 +443,11 @@ def save(rounds):
     row(f"save: {gib(size)}; here with SHA-256 and flushed to disk", *found.values())
 
 
-# ---- Whole runs, in processes of their own.
+# ---- Complete runs, one process each.
 
 
 def reference_run(settings):
-    """The reference's training, uncached, to the end: its loop, and weights and state saved."""
+    """A complete uncached run of the reference: training loop, then weights and optimizer saved."""
     half = {"no": torch.float32, "bf16": torch.bfloat16}[settings.mixed_precision]
     torch.manual_seed(settings.seed)
     folder = Path(settings.pretrained_prior_model_name_or_path)
@@ -485,7 +485,7 @@ def reference_run(settings):
 
 
 def run(rounds, epochs=10, count=48):
-    """48 JPEG pictures, real encoders, a small prior, bf16, ten epochs: start to result."""
+    """Start to result: 48 JPEG images, real-size encoders, a small prior, bf16, ten epochs."""
     pictures, folder = make_pictures(WORK / f"pictures-{count}", count), make_wuerstchen(MODEL)
     encoded_both_ways(folder, open_pictures().select(range(2)))
     common = [
@@ -509,7 +509,7 @@ def run(rounds, epochs=10, count=48):
 
     sides = {name: functools.partial(start, words) for name, words in commands.items()}
     found = {name: [] for name in sides}
-    sides["again"]()  # that fills its cache
+    sides["again"]()  # fills its cache
     for _ in range(rounds):
         for name, side in sides.items():
             begin = time.perf_counter()
@@ -520,11 +520,11 @@ def run(rounds, epochs=10, count=48):
     row(f"{what}; here with an earlier run's cache", found["theirs"], found["again"])
 
 
-# ---- On a GPU, the real size.
+# ---- On a GPU, at the published size.
 
 
 def adapters(prior, ours):
-    """The trained parameters of a LoRA of rank 4 in each side's own way."""
+    """Add rank-4 LoRA adapters, ours or PEFT's, and return the trainable parameters."""
     prior.requires_grad_(False).to(torch.bfloat16)
     if ours:
         return list(adapter.add_adapters(prior, 4, 4, ["attention"]).values())
@@ -537,7 +537,7 @@ def adapters(prior, ours):
 
 
 def kernels(function):
-    """How many kernels a call starts on the GPU."""
+    """Number of GPU kernels that a call launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         wait()
@@ -546,7 +546,7 @@ def kernels(function):
 
 
 def gpu_sides(priors, trained, batch):
-    """{name: one optimizer step} of the reference, of ours, and of ours less one choice each."""
+    """{name: one optimizer step} of the reference, ours, and ours without one optimisation."""
     ours, reference = priors
     latents, text = make_batch(batch, SIZE, torch.bfloat16)
     fused, plain = our_optimizer(trained[0]), default_optimizer(trained[0])
@@ -573,7 +573,7 @@ def gpu_sides(priors, trained, batch):
 
 
 def gpu(rounds):
-    """At 768 pixels in bf16: batches, LoRA, gradient checkpointing, and what each choice buys."""
+    """768 pixels, bf16: batch sizes, LoRA, gradient checkpointing, an ablation of each choice."""
     if DEVICE.type != "cuda":
         note("on a GPU: batches of 4, 16, 32, full and LoRA, ablation", "not measured")
         return
@@ -612,7 +612,7 @@ def gpu(rounds):
 
 
 def gpu_memory(function):
-    """The most that tensors take on the GPU within a call, beyond what lies there already."""
+    """Peak GPU memory of tensors during a call, beyond what was already allocated."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
@@ -637,7 +637,7 @@ def main(words):
     print("| measured | reference | here | ratio | lowest – highest |")
     print("|---|---|---|---|---|")
     for name in given.parts or PARTS:
-        # A whole run is long enough to be measured fewer times.
+        # Complete runs are long enough that three rounds suffice.
         PARTS[name](min(given.rounds, 3) if name == "run" else given.rounds)
 
 

@@ -1,8 +1,8 @@
-"""What the tests share: a small Würstchen; the trainer in this process or under torchrun."""
+"""Shared fixtures and helpers: small models, runs in this process or under torchrun."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask the Hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never contact the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: one thread for each
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,25 +28,25 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Tables that `datasets` prepares for a test go with the test."""
+    """Put the tables that `datasets` prepares into a temporary folder."""
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
 @pytest.fixture(scope="session")
 def wuerstchen(tmp_path_factory):
-    """The folder of a small Würstchen whose prior has dropout 0.1."""
+    """A small complete model folder whose prior has dropout 0.1."""
     return tiny.make(tmp_path_factory.mktemp("wuerstchen"))
 
 
 @pytest.fixture(scope="session")
 def still_wuerstchen(tmp_path_factory):
-    """The same without dropout, so that any cut of a batch must give the same step."""
+    """The same without dropout, so that any split of a batch must give the same step."""
     return tiny.make(tmp_path_factory.mktemp("still"), dropout=0.0)
 
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
-    """A data set of five rows, which are checked in no time."""
+    """A data set of five rows, which are quick to check."""
     folder = tmp_path_factory.mktemp("data") / "few"
     rows = tiny.rows()
     rows.select(range(5)).save_to_disk(folder)
@@ -55,7 +55,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def warm(wuerstchen):
-    """Forks runs of the scripts, for tests that end processes."""
+    """A process that forks runs of the scripts, for tests that kill processes."""
     with Warm(wuerstchen) as parent:
         yield parent
 
@@ -73,7 +73,7 @@ def torchvision_numbers(tmp_path_factory):
 
 
 def flags(wuerstchen, output_dir, **changed):
-    """A command line for a short run on the small pictures; a setting of True is a bare flag."""
+    """A command line for a short run on the test images; True becomes a flag without a value."""
     settings = {
         "pretrained_prior_model_name_or_path": wuerstchen,
         "image_encoder_name_or_path": Path(wuerstchen) / "image_encoder",
@@ -95,14 +95,14 @@ SCRIPTS = {"train.py": (train.main, Settings), "lora.py": (lora.main, LoRASettin
 
 
 def train_here(wuerstchen, output_dir, script="train.py", **changed):
-    """A script in this process, which saves the seconds that imports take. Returns output_dir."""
+    """Run a script in this process, which saves the import time. Returns output_dir."""
     main, kind = SCRIPTS[script]
     main(parse(kind, flags(wuerstchen, output_dir, **changed)))
     return Path(output_dir)
 
 
 def start(*words, stdout=subprocess.PIPE, **variables):
-    """A command in the repository's root, with one thread a process and both streams in one."""
+    """Start a command in the repository root: one thread per process, stderr merged into stdout."""
     return subprocess.Popen(
         [str(word) for word in words],
         cwd=ROOT,
@@ -114,7 +114,7 @@ def start(*words, stdout=subprocess.PIPE, **variables):
 
 
 def command(*words, check=True, **variables):
-    """Run a command to its end; returns (exit code, what it printed)."""
+    """Run a command to completion; returns (exit code, output)."""
     process = start(*words, **variables)
     printed, _ = process.communicate(timeout=300)
     assert not check or process.returncode == 0, printed
@@ -122,7 +122,7 @@ def command(*words, check=True, **variables):
 
 
 def torchrun(ranks, wuerstchen, output_dir, script="train.py", **changed):
-    """A script on several ranks of this machine. Returns output_dir."""
+    """Run a script on several ranks of this machine. Returns output_dir."""
     agent = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     agent += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     command(*agent, script, *flags(wuerstchen, output_dir, **changed))

@@ -1,11 +1,11 @@
-"""Golden results: record what a set of short runs gives, change the code, check that it still does.
+"""Golden results: record a set of short runs, change the code, check that results are unchanged.
 
     python -m tests.golden record runs/golden
     python -m tests.golden check runs/golden
 
-A redesign must not change a number. Results depend on the processor and on torch, so they are not
-committed: record before the first change and check on the same machine. Each run is compared by
-the SHA-256 of its last checkpoint's tensors, its exported result and its validation images.
+A refactoring must not change any number. Results depend on the processor and on torch, so they are
+not committed: record before the first change and check on the same machine. Runs are compared by
+SHA-256 of the last checkpoint's tensors, the exported result and the validation images.
 """
 
 import argparse
@@ -26,7 +26,7 @@ AUTHORS = ["--loss_weighting=p2", "--timestep_sampling=wuerstchen"]
 LORA = ["--lora_alpha=8", "--lora_dropout=0.2"]
 LOOK = ["--validation_prompts", "a bear", "a bell"]
 LOOK += ["--validation_split=0.1", "--validation_steps=3"]
-# name: (ranks, whether it is stopped after step 3 and resumed, script and flags)
+# name: (ranks, whether the run stops after step 3 and resumes, script and flags)
 RUNS = {
     "train fp32": (1, True, ["train.py", *STATEFUL]),
     "train bf16 cached": (1, False, ["train.py", *STATEFUL, "--mixed_precision=bf16",
@@ -62,7 +62,7 @@ def digest(file):
 
 
 def results(folder):
-    """{file: SHA-256} of a run's tensors, result and images; other files contain times or paths."""
+    """{file: SHA-256} of a run's tensors, result and images. Other files contain times or paths."""
     wanted = ("checkpoint-6/*.safetensors", "prior_pipeline/prior/*.safetensors", "*.safetensors",
               "validation/*.png")  # fmt: skip
     files = [file for pattern in wanted for file in sorted(folder.glob(pattern))]
@@ -70,7 +70,7 @@ def results(folder):
 
 
 def run(name, work):
-    """Run one of RUNS in a new folder and return its results."""
+    """Run one entry of RUNS in a new folder and return its results."""
     ranks, resumed, (script, *flags) = RUNS[name]
     model, folder = work / "wuerstchen", work / "run"
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback, for what the trainer downloads from it and pushes to it.
+"""A local Hugging Face Hub on loopback, for tests of downloads and pushes.
 
     with LoopbackHub(tmp_path) as hub:
         hub.add("owner/model", folder)
@@ -7,10 +7,10 @@
         command(sys.executable, "train.py", *flags, **hub.variables)
         assert (hub.files("me/result") / "README.md").is_file()
 
-A process with those variables talks to it over HTTP as it would to huggingface.co, unchanged. There
-is one user, "me", with one token, who may write to the repositories me/…; everybody may read what
-is not private. A repository has one branch, main, and keeps no history: its sha is a hash of its
-files. All uploads are regular ones, so neither LFS nor Xet is asked for.
+A process with these environment variables uses it over HTTP in place of huggingface.co. There is
+one user, "me", with one token and write access to me/…; public repositories are readable by
+everyone. A repository has one branch, main, and no history: its sha is a hash of its files. All
+uploads are regular ones, so neither LFS nor Xet is used.
 """
 
 import base64
@@ -30,12 +30,12 @@ REPOSITORY = re.compile(
 
 
 class LoopbackHub:
-    """The Hub, for as long as the `with` block lasts.
+    """Use as a context manager: the Hub runs while the `with` block is active.
 
-    variables: what a process needs in its environment. Its HF_HOME lies in the Hub's folder, empty
-        at first and shared by all processes that get these variables.
-    requests: (method, path with query) of each request. What somebody wanted from another host
-        comes here too, with the whole URL as its path, and is answered with 404.
+    variables: environment variables for client processes. HF_HOME is inside the Hub's folder,
+        empty at first and shared by all processes that use these variables.
+    requests: (method, path with query) of each request. Requests to other hosts arrive here too,
+        with the full URL as the path, and get a 404.
     commits: (repository, summary, [paths]) of each commit. private: the private repositories.
     """
 
@@ -45,7 +45,7 @@ class LoopbackHub:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.requests, self.commits, self.private = [], [], set()
-        self.answers = []  # [status, how often still, part of the path]
+        self.answers = []  # [status, remaining count, part of the path]
         self.lock = threading.Lock()  # one request at a time
 
     def __enter__(self):
@@ -58,15 +58,15 @@ class LoopbackHub:
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token,
             "HF_HOME": str(home),
-            # Set outside, these would win over HF_HOME, and a test write into somebody's cache.
+            # If set in the environment, these would override HF_HOME and expose the user's cache.
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_DATASETS_CACHE": str(home / "datasets"),
             "HF_HUB_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` counts on s3.amazonaws.com
-            # `datasets` also asks a host datasets-server.127.0.0.1. What is not this Hub comes here
-            # as to a proxy, and not to a resolver and the internet.
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # `datasets` would contact s3.amazonaws.com
+            # `datasets` also contacts datasets-server.127.0.0.1. With this Hub as the proxy,
+            # requests to other hosts never reach a DNS resolver or the internet.
             "http_proxy": self.url,
             "https_proxy": self.url,
             "no_proxy": "127.0.0.1,localhost",
@@ -78,27 +78,27 @@ class LoopbackHub:
         self.server.server_close()
 
     def files(self, repo, kind="models"):
-        """The folder with a repository's files."""
+        """The folder that contains a repository's files."""
         return self.folder / kind / repo
 
     def add(self, repo, source, kind="models"):
-        """A public repository with a copy of a folder's files."""
+        """Add a public repository with a copy of a folder's files."""
         shutil.copytree(source, self.files(repo, kind), dirs_exist_ok=True)
 
     def answer(self, status, times=1, path=""):
-        """Answer the next requests whose path contains `path` with a status, and do nothing else.
+        """Answer the next `times` requests whose path contains `path` with a status only.
 
-        A status of 0 ends the connection without an answer.
+        A status of 0 closes the connection without a response.
         """
         self.answers.append([status, times, path])
 
 
 class Refused(Exception):
-    """An answer that is an error: status, message, and the code that tells 404s apart."""
+    """An error response: status, message, and the error code that distinguishes 404s."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request; the connection ends with the answer, as HTTP/1.0 has it."""
+    """Handles one request and closes the connection after the response, as in HTTP/1.0."""
 
     def do_GET(self):
         self.hub, self.extra = self.server.hub, {}
@@ -124,10 +124,10 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_CONNECT = do_GET
 
     def log_message(self, *_):
-        pass  # hub.requests has it
+        pass  # hub.requests records it
 
     def route(self, body):
-        """(status, content) of the answer; the content is bytes, or what becomes JSON."""
+        """(status, content) of the response; content is bytes or a JSON-serialisable object."""
         for wanted in self.hub.answers:
             status, times, part = wanted
             if times and part in self.path:
@@ -227,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
         return 200, [here[name] for name in inside]
 
     def preupload(self, files, here):
-        """By the oid the client knows what has not changed, and leaves it out of the commit."""
+        """Return oids, so that the client can skip unchanged files in its commit."""
         same = {"uploadMode": "regular", "shouldIgnore": False}
         oids = {file["path"]: here.get(file["path"], {}).get("oid") for file in files}
         return 200, {"files": [{"path": p, "oid": known, **same} for p, known in oids.items()]}
@@ -251,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def oid(path):
-    """git's name for a file's bytes; for a folder, a hash of the names and oids in it."""
+    """The git blob hash of a file; for a folder, a hash of the names and oids in it."""
     if path.is_dir():
         content = "".join(f"{inside.name} {oid(inside)}\n" for inside in sorted(path.iterdir()))
         return hashlib.sha1(b"tree " + content.encode()).hexdigest()
@@ -260,7 +260,7 @@ def oid(path):
 
 
 def entries(folder):
-    """{path: what the Hub says of it} for all files and folders of a repository."""
+    """{path: the Hub's metadata} for all files and folders of a repository."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name, kind = path.relative_to(folder).as_posix(), "directory" if path.is_dir() else "file"

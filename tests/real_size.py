@@ -1,11 +1,11 @@
-"""One optimizer step at the real size, measured: 993,636,896 parameters, random weights.
+"""Measure one optimizer step at the published size: 993,636,896 parameters, random weights.
 
     python -m tests.real_size runs/real          # train.py: 24 GB of memory, 25 GB of disk
     python -m tests.real_size runs/real lora.py  # 24 GB of memory, 6 GB of disk
 
-The script runs as it is, with the published prior's and image encoder's sizes, AdamW, fp32 weights,
-bf16 autocast, gradient checkpointing and 768 pixels, checkpoint and export included. The text
-encoder has the real width but two layers; the missing ones would take 1.3 GB more in bf16.
+The script runs unmodified with the published sizes of prior and image encoder, AdamW, fp32 weights,
+bf16 autocast, gradient checkpointing and 768 pixels, including checkpoint and export. The text
+encoder has the real width but only two layers; the others would take 1.3 GB more in bf16.
 """
 
 import os
@@ -24,7 +24,7 @@ from tests import tiny
 
 
 def make(folder):
-    """A random Würstchen of the published sizes in the Hub's layout."""
+    """Write a model folder with random weights of the published sizes, in the Hub's layout."""
     rows = tiny.rows()
     tokenizer = tiny.make_tokenizer(rows["text"], size=700, length=77)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -37,7 +37,7 @@ def make(folder):
 
 def main(folder, script="train.py", *flags):
     if not (folder / "prior").is_dir():
-        # In a process of its own, so that its memory is given back before training starts.
+        # A separate process, so that its memory is freed before training starts.
         code = "import sys, pathlib, tests.real_size as r; r.make(pathlib.Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def main(folder, script="train.py", *flags):
             "--report_to=none", *flags,
         ],
     )  # fmt: skip
-    _, status, usage = os.wait4(process.pid, 0)  # this process alone, not the one that made weights
+    _, status, usage = os.wait4(process.pid, 0)  # excludes the process that made the weights
     assert status == 0, f"{script} ended with status {status}"
     seconds = time.perf_counter() - start
     print(f"peak memory {gib(usage.ru_maxrss * 1024)}, {seconds:.0f} s in all")

@@ -1,4 +1,4 @@
-"""The benchmark's two sides compute the same, and all of it runs, the part for a GPU too."""
+"""Both sides of the benchmark compute the same, and every part runs, including the GPU part."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_each_side_is_called_once_a_round_and_once_before():
 
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
 def test_the_gpus_part_takes_steps(pair, kind, monkeypatch):
-    """On the CPU and a small prior: every variant moves what it trains, and only its own side."""
+    """On the CPU with a small prior: every variant updates the weights of its own side only."""
     if kind == "full":
         trained = [list(prior.parameters()) for prior in pair]
     else:

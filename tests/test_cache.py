@@ -1,4 +1,4 @@
-"""The cache of encoded pairs: what the encoders would give, the same run, never a wrong file."""
+"""The cache of encoded samples: equal to live encoding, reproducible, and never a wrong file."""
 
 import pickle
 
@@ -24,7 +24,7 @@ CACHED = {"cache_latents": True, "caption_dropout": 0.3, "train_data_dir": None}
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory):
-    """The small pictures, but with one to three captions each, of which one is shared."""
+    """The test images with one to three captions each, one of them shared."""
     rows = tiny.rows()
     texts = [[t, "a thing", f"{t} on white"][: 1 + n % 3] for n, t in enumerate(rows["text"])]
     table = datasets.Dataset.from_dict(
@@ -46,7 +46,7 @@ def encoders_of(wuerstchen, compute_type=torch.float32):
 
 
 def no_encoders(monkeypatch):
-    """From here on loading an encoder fails the test."""
+    """Make loading an encoder fail the test."""
 
     def load(*_):
         raise AssertionError("an encoder was loaded")
@@ -59,12 +59,12 @@ def no_encoders(monkeypatch):
     ("compute_type", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
 )
 def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_type, bound):
-    """Every sample of an epoch, with caption lists and dropped captions, for any workers."""
+    """Every sample of an epoch, with caption lists, dropped captions, and any number of workers."""
     rows = tiny.rows(dataset_name=str(listed))
     encoders = encoders_of(wuerstchen, compute_type)
     store = cache.encode_all(tmp_path, rows, encoders)
     assert not {"text", "image"} & vars(encoders).keys()  # unloaded
-    chosen = rows.select(range(20, 50))  # as where rows are held out
+    chosen = rows.select(range(20, 50))  # as with held-out rows
     plain = Samples(chosen, 64, 3, 0.3)
     cached = cache.EncodedSamples(chosen, 64, 3, 0.3, encoded=store)
     places = [range(start, start + 5) for start in range(0, 30, 5)]
@@ -80,12 +80,12 @@ def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_t
         assert relative(text, encoders.condition(samples["captions"])["text"]) < bound
         met.update(samples["captions"])
     assert "" in met and "a thing" in met
-    assert store.text.count < sum(map(len, rows["text"]))  # each text once
+    assert store.text.count < sum(map(len, rows["text"]))  # each text is stored once
 
 
 @pytest.mark.parametrize("script", ["train.py", "lora.py"])
 def test_a_cached_run_is_the_same_run(wuerstchen, listed, tmp_path, script, monkeypatch):
-    """Cache made now or found, the run in one piece or resumed: the same weights, bit for bit."""
+    """New or existing cache, resumed or not: the same weights, bit for bit."""
     settings = {
         **CACHED, "dataset_name": listed, "script": script, "mixed_precision": "bf16",
         "use_ema": True, "gradient_accumulation_steps": 2, "checkpointing_steps": 2,
@@ -108,7 +108,7 @@ def test_a_cached_run_is_the_same_run(wuerstchen, listed, tmp_path, script, monk
 
 
 def test_a_cached_run_trains_as_an_uncached_one(still_wuerstchen, tmp_path):
-    """And one may go on as the other."""
+    """Close weights after training, and a cached run can be resumed without the cache."""
     settings = {"checkpointing_steps": 2, "caption_dropout": 0.3}
     plain = train_here(still_wuerstchen, tmp_path / "plain", **settings)
     cached = train_here(still_wuerstchen, tmp_path / "cached", **settings, cache_latents=True)
@@ -123,7 +123,7 @@ def test_a_cached_run_trains_as_an_uncached_one(still_wuerstchen, tmp_path):
 
 @pytest.mark.parametrize("decoder", ["full", "preview"])
 def test_validation_works_with_it(wuerstchen, tmp_path, decoder, capsys):
-    """Held-out rows come from the cache, prompts are encoded beforehand, pictures still shown."""
+    """Held-out rows come from the cache, prompts are encoded in advance, images are still shown."""
     looks = {
         "pretrained_decoder_model_name_or_path": wuerstchen / "decoder",
         "validation_prompts": "a bear", "validation_split": 0.1, "validation_decoder": decoder,
@@ -140,15 +140,15 @@ def test_validation_works_with_it(wuerstchen, tmp_path, decoder, capsys):
 
 
 def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
-    """Two ranks make the files that one makes, and train on them as one does."""
-    monkeypatch.undo()  # the ranks have files of the usual length
+    """Two ranks write the same files as one rank, and train on them to the same weights."""
+    monkeypatch.undo()  # the ranks use the default shard size
     settings = {**CACHED, "dataset_name": listed, "cache_dir": tmp_path / "shared"}
     two = torchrun(2, still_wuerstchen, tmp_path / "two", **settings, train_batch_size=2)
     found = {file.name: file.read_bytes() for file in tmp_path.glob("shared/latents-*/*")}
-    assert len(found) == 3  # 56 pictures; 76 captions
+    assert len(found) == 3  # 56 images; 76 captions
     rows = tiny.rows(dataset_name=str(listed))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun's processes
+    torch.set_num_threads(1)  # as in torchrun's processes
     cache.encode_all(tmp_path / "alone", rows, encoders_of(still_wuerstchen))
     torch.set_num_threads(threads)
     assert found == {file.name: file.read_bytes() for file in tmp_path.glob("alone/*")}
@@ -161,7 +161,7 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
 
 
 def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
-    """What it is sent are names: also where processes are not forked, no tensor is copied."""
+    """Pickling sends file names, so no tensor is copied, even when processes are not forked."""
     rows = tiny.rows()
     store = cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
     text = store.text[5]["text"]
@@ -170,16 +170,16 @@ def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
     assert torch.equal(pickle.loads(packed).text[5]["text"], text)
 
 
-# ---- Files that are not what they should be.
+# ---- Damaged or outdated files.
 
 
 @pytest.fixture
 def filled(wuerstchen, tmp_path):
-    """(folder, rows, the content of its files) of a whole cache."""
+    """(folder, rows, content of the files) of a complete cache."""
     rows = tiny.rows()
     cache.encode_all(tmp_path / "cache", rows, encoders_of(wuerstchen))
     files = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
-    assert len(files) == 8  # of 56 pictures and 57 captions, 16 each
+    assert len(files) == 8  # 56 images and 57 captions, 16 per file
     return tmp_path / "cache", rows, files
 
 
@@ -212,14 +212,14 @@ def test_a_damaged_file_alone_is_written_again(wuerstchen, filled, kind, change,
         or write(self, start, tensors),
     )  # fmt: skip
     encoders, other = encoders_of(wuerstchen), {"text": "image", "latents": "text"}[kind]
-    monkeypatch.delattr(Encoders, other)  # the one that is not needed is not loaded
+    monkeypatch.delattr(Encoders, other)  # the encoder that is not needed is not loaded
     cache.encode_all(folder, rows, encoders)
     assert written == [bad]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_a_file_of_another_length_is_written_again(wuerstchen, filled):
-    """A whole file, sealed as it should be, but for fewer rows."""
+    """An intact file with a valid checksum, but with fewer rows."""
     folder, rows, before = filled
     file = folder / "latents-00000048.safetensors"
     tensors = {"latents": load_file(file)["latents"][:3].clone()}
@@ -229,7 +229,7 @@ def test_a_file_of_another_length_is_written_again(wuerstchen, filled):
 
 
 def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, capsys):
-    """Stopped in the middle of a file: what was written is kept, the rest is encoded."""
+    """Interrupted in the middle of a file: complete files are kept, the rest is encoded."""
     rows = tiny.rows()
     latents, calls = Encoders.latents, []
 
@@ -249,7 +249,7 @@ def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, c
     )
     cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
     assert "24 images and 0 captions to encode" in capsys.readouterr().out
-    assert len(calls) == 3  # 24 pictures, 8 at a time
+    assert len(calls) == 3  # 24 images, 8 at a time
 
 
 def test_other_facts_have_another_folder(tmp_path):
@@ -260,7 +260,7 @@ def test_other_facts_have_another_folder(tmp_path):
 
 
 def test_what_changed_is_encoded_anew(wuerstchen, listed, tmp_path, capsys):
-    """The same command finds everything; with other pictures, encoders, sizes or types nothing."""
+    """The same command reuses everything; other images, encoders, sizes or dtypes reuse nothing."""
     rows = datasets.load_from_disk(str(listed))
     rows.select([*range(1, 56), 0]).save_to_disk(tmp_path / "turned")
     other = tiny.make(tmp_path / "other", seed=1)
@@ -278,7 +278,7 @@ def test_what_changed_is_encoded_anew(wuerstchen, listed, tmp_path, capsys):
 
 
 def test_a_bad_row_is_still_named(tmp_path):
-    """What was found good is remembered by its content, so what changed since is looked at."""
+    """Good rows are remembered by content, so rows that changed since are checked again."""
     table = {"image": [], "text": []}
     for name in ("bear.webp", "bank.webp"):
         table["image"].append({"bytes": (tiny.IMAGES / name).read_bytes(), "path": None})

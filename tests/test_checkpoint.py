@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, rotated last, and a resumed run is the same run."""
+"""Checkpoints: complete or absent, verified, rotated last; resuming reproduces the same run."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def test_damage_is_named_and_passed_over(tmp_path, kind, capsys):
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path, monkeypatch):
-    """Stop a save at each of its steps: a whole checkpoint stays, and the next save works."""
+    """Stop a save at each of its steps: a complete checkpoint remains, and the next save works."""
     save(tmp_path, 1)
 
     class Killed(BaseException):
@@ -146,7 +146,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
 
 def test_find(tmp_path):
     assert checkpoint.find(None, tmp_path) is None
-    assert checkpoint.find("latest", tmp_path) is None  # a restarted job needs no other command
+    assert checkpoint.find("latest", tmp_path) is None  # for restarted jobs
     folder = save(tmp_path, 3)
     for wanted in ("latest", str(folder), f"{folder}/", "checkpoint-3"):
         assert checkpoint.find(wanted, tmp_path) == folder

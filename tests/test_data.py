@@ -1,4 +1,4 @@
-"""Pictures and captions: torchvision's numbers, any mode, any source; bad rows are named."""
+"""Images and captions: equal to torchvision, any mode, any source; bad rows are reported."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from tests import tiny
 
 
 def png(picture, kind="PNG", **options):
-    """A row that holds a picture's bytes."""
+    """A row that contains the encoded bytes of an image."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return {"image": {"bytes": buffer.getvalue(), "path": None}, "text": "a text", "number": 3}
@@ -34,12 +34,12 @@ def test_preprocess_equals_torchvision(torchvision_numbers):
         assert found.shape == (3, 64, 64) and found.dtype == torch.float32
         spread = torch.from_numpy(images.IMAGENET_STD)[:, None, None]
         levels = (found - expected) * spread * 255
-        assert levels.abs().max() < 1.01, size  # at most one of 256 levels,
-        assert levels.mean().abs() < 0.02, size  # as often up as down
+        assert levels.abs().max() < 1.01, size  # at most one of 256 levels
+        assert levels.mean().abs() < 0.02, size  # no bias up or down
 
 
 def gradient(mode, high):
-    """A picture that goes from 0 at the left to `high` at the right."""
+    """A gradient image from 0 at the left to `high` at the right."""
     row = np.linspace(0, high, 64)
     types = {"I;16": np.uint16, "I": np.int32, "F": np.float32, "L": np.uint8}
     return Image.fromarray(np.tile(row, (64, 1)).astype(types[mode]))
@@ -84,7 +84,7 @@ def test_other_modes():
 def test_exif_rotation_is_applied():
     wide = Image.new("RGB", (40, 20))
     exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me by 90 degrees"
+    exif[0x0112] = 6  # rotate by 90 degrees
     assert open_image(png(wide, "JPEG", exif=exif)).size == (20, 40)
 
 
@@ -93,13 +93,13 @@ def open_folder(folder, image="image", text="text"):
 
 
 def named(name):
-    """A data set with the columns of `table`."""
+    """Open a data set that has the columns of `table`."""
     return tiny.rows(dataset_name=name, image_column="picture", caption_column="words")
 
 
 @pytest.fixture
 def table():
-    """Four rows, pictures as bytes, the last with two captions."""
+    """Four rows with images as bytes; the last has two captions."""
     rows = [png(Image.new("RGB", (8, 8), (i, 0, 0)))["image"] for i in range(4)]
     captions = [["one"], ["two"], ["three"], ["four", "vier"]]
     return datasets.Dataset.from_dict(
@@ -157,7 +157,7 @@ def test_pairs_are_the_same_for_any_number_of_workers():
         assert one["captions"] == two["captions"] and one["positions"] == two["positions"]
 
 
-# ---- What is wrong is said in one line that names it.
+# ---- Errors are reported in one line that names the cause.
 
 
 def folder_with(tmp_path, rows, **files):
@@ -254,7 +254,7 @@ def test_empty_and_missing_sources(tmp_path):
 
 
 def test_worker_error_is_one_line(tmp_path):
-    """A picture that breaks after the check is named all the same, from a worker process too."""
+    """An image damaged after the check is reported too, also from a worker process."""
     rows = [{"file_name": "bad.png", "text": "b"}]
     folder = folder_with(tmp_path, rows, bad_png=b"broken")
     pairs = Samples(open_folder(folder), 32, seed=1)
@@ -263,13 +263,13 @@ def test_worker_error_is_one_line(tmp_path):
             UserError, match=r"\ARow 0 \(.*bad\.png\): can't read the image.*\Z"
         ) as raised:
             next(batches(pairs, [range(1)], workers))
-        assert raised.value.one_rank  # so that this rank says it, whichever it is
+        assert raised.value.one_rank  # so that the affected rank reports it
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [".", "train"])
 def test_names_of_pictures_are_no_splits(tmp_path, inside):
-    """A tram, a train and a test tube in a folder are three pictures of one set."""
+    """File names that contain "train" or "test" do not split the data set."""
     folder = tmp_path / "set" / inside
     folder.mkdir(parents=True, exist_ok=True)
     names = ["high_speed_train.webp", "test_tube.webp", "tram.webp"]
@@ -283,7 +283,7 @@ def test_names_of_pictures_are_no_splits(tmp_path, inside):
 
 
 def test_bad_rows_are_left_out_on_request(tmp_path, capsys):
-    """Counted, the first ten named; what stays is the data set that never had them."""
+    """Bad rows are counted, the first ten reported; the rest equals a data set without them."""
     rows = [{"file_name": f"{i}.png", "text": "" if i % 2 else f"text {i}"} for i in range(24)]
     files = {f"{i}_png": b"broken" if i == 4 else GOOD for i in range(24)}
     opened = open_folder(folder_with(tmp_path, rows, **files))
@@ -317,7 +317,7 @@ def test_any_shape_becomes_a_square(size):
 
 @pytest.mark.slow
 def test_a_decompression_bomb_is_one_line(tmp_path):
-    """A few thousand bytes that would be 900 million pixels."""
+    """A small file that would decode to 900 million pixels."""
     bomb = png(Image.new("1", (30000, 30000)))["image"]["bytes"]
     assert len(bomb) < 500_000
     rows = [{"file_name": "bomb.png", "text": "a"}]

@@ -1,4 +1,4 @@
-"""Latents to pictures: the decoder beside diffusers', the preview on a linear world, the grids."""
+"""Latents to images: the decoder against diffusers', the preview on linear data, the grids."""
 
 import shutil
 
@@ -54,7 +54,7 @@ def test_it_decodes_what_the_pipeline_does(decoder):
 
 
 def test_ready_pipelines_draw_what_we_draw(wuerstchen, tmp_path):
-    """pipelines.load with a LoRA at half strength equals our prior with the adapters in it."""
+    """pipelines.load with a LoRA at scale 0.5 equals our prior with the adapters added."""
     train_here(wuerstchen, tmp_path, "lora.py", learning_rate=0.1)
     prior, decoder = pipelines.load(
         str(wuerstchen), str(wuerstchen / "decoder"), lora=tmp_path, lora_scale=0.5
@@ -73,7 +73,7 @@ def test_ready_pipelines_draw_what_we_draw(wuerstchen, tmp_path):
 
 
 def test_the_preview_recovers_a_linear_world():
-    """Where latents hold each cell's colour and its slope, the map finds the pixels again."""
+    """If latents encode colours linearly, the fitted map recovers the pixels."""
     numbers = np.random.default_rng(0)
     world = torch.from_numpy(numbers.random((40, 3, 4, 4), dtype=np.float32))
 
@@ -98,7 +98,7 @@ def test_the_preview_recovers_a_linear_world():
     found = np.asarray(preview(latents, "", None), dtype=np.float32) / 255
     expected = world[7].repeat_interleave(8, 1).repeat_interleave(8, 2).permute(1, 2, 0).numpy()
     assert found.shape == (32, 32, 3)
-    assert np.abs(found - expected).max() < 0.03  # a little ridge, eight bits
+    assert np.abs(found - expected).max() < 0.03  # ridge regularisation and 8-bit rounding
 
 
 def test_a_grid_holds_every_picture_and_its_words():
@@ -107,12 +107,12 @@ def test_a_grid_holds_every_picture_and_its_words():
     sheet = grids.grid(tiles, colours, "title")
     seen = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= seen
-    assert sheet.width > sheet.height  # five in rows of three
+    assert sheet.width > sheet.height  # five images in rows of three
     plain = np.asarray(grids.grid(tiles[:1], [""])).min(axis=2)
     written = np.asarray(grids.grid(tiles[:1], ["what it shows"])).min(axis=2)
     assert (written[200:] < 128).sum() > (plain[200:] < 128).sum()
     two = grids.grid(tiles[:2], ["first", "second one"])
-    for place, words in enumerate(["first", "second one"]):  # each under its own picture
+    for place, words in enumerate(["first", "second one"]):  # each under its own image
         one = grids.grid([tiles[place]], [words])
         left = 8 + place * 200
         assert (
@@ -126,11 +126,11 @@ def test_captions_stay_under_their_picture(text):
     tile = Image.new("RGB", (192, 192), "red")
     sheet = np.asarray(grids.grid([tile, tile], [text, ""]))
     assert sheet.shape[1] == 408 and sheet.shape[0] < 300
-    assert (sheet[202:, 204:] == 255).all()  # nothing under the second
+    assert (sheet[202:, 204:] == 255).all()  # nothing under the second image
 
 
 def test_sampling_takes_what_it_lacks_from_the_run(wuerstchen, tmp_path, monkeypatch):
-    """From the folder, or the file in it; never from where one happens to stand."""
+    """Missing settings come from the LoRA's folder or file, never from the working directory."""
     run = train_here(
         wuerstchen, tmp_path / "run", "lora.py",
         pretrained_decoder_model_name_or_path=wuerstchen / "decoder", resolution=96,
@@ -145,7 +145,7 @@ def test_sampling_takes_what_it_lacks_from_the_run(wuerstchen, tmp_path, monkeyp
 
 
 def sampled(tmp_path, *words):
-    """Run `python -m minwurst.sample` here. Returns the picture files in order."""
+    """Run `python -m minwurst.sample` in this process. Returns the image files in order."""
     output = tmp_path / "out" / "x.png"
     sample.main(parse(sample.SampleSettings, [*words, f"--output={output}"]))
     return sorted(output.parent.glob("x-*.png"), key=lambda f: int(f.stem.split("-")[1])) or [
@@ -167,7 +167,7 @@ def test_scales_of_a_lora_side_by_side(wuerstchen, tmp_path):
     found = [pixels(file) for file in sampled(tmp_path, *words, "--lora_scale", "0", "1")]
     assert len(found) == 4
     with Image.open(tmp_path / "out/x.png") as sheet:
-        assert sheet.width < sheet.height  # a row a prompt, a column a scale
+        assert sheet.width < sheet.height  # one row per prompt, one column per scale
     base = ["--prompt=a car", f"--prior={wuerstchen}", f"--decoder={wuerstchen / 'decoder'}"]
     assert [found[2]] == [pixels(f) for f in sampled(tmp_path / "base", *base, "--resolution=96")]
     assert found[3] != found[2]
@@ -178,7 +178,7 @@ def test_scales_of_a_lora_side_by_side(wuerstchen, tmp_path):
     merged = sampled(tmp_path / "m", *words)
     for one, other in zip(found[1::2], map(pixels, merged), strict=True):
         apart = np.frombuffer(one, np.uint8).astype(int) - np.frombuffer(other, np.uint8)
-        assert abs(apart).max() <= 2  # B·A is added in another order
+        assert abs(apart).max() <= 2  # B·A is added in a different order
 
 
 def test_numbers_and_guidance(wuerstchen, tmp_path):

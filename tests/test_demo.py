@@ -1,4 +1,4 @@
-"""The demo: the miniature is whole and small, and fine-tuning it shows on names it did not see."""
+"""The demo: the miniature is complete and small, and fine-tuning generalises to unseen names."""
 
 import shlex
 
@@ -43,7 +43,7 @@ def test_a_given_flag_goes_before_the_preset():
     )
     assert (changed.rank, changed.validation_prompts) == (2, [])
     assert changed.output_dir == miniature.LORA["output_dir"]
-    assert parse(Settings, ["--train_data_dir=x"]).resolution == 768  # and leaves others alone
+    assert parse(Settings, ["--train_data_dir=x"]).resolution == 768  # other runs keep the defaults
 
 
 def test_names_that_are_drawn_are_in_no_other_set(world):
@@ -55,7 +55,7 @@ def test_names_that_are_drawn_are_in_no_other_set(world):
 
 
 def test_the_world_is_what_the_encoder_makes_of_the_pictures(world):
-    """The latents that are shipped are those of the pictures that are shipped, by these weights."""
+    """The shipped latents equal the shipped images encoded with the shipped weights."""
     rows = tiny.rows(train_data_dir=str(miniature.IMAGES))
     some = [rows[place] for place in range(0, len(rows), 40)]
     encoder = models.load_image_encoder(miniature.WEIGHTS / "image_encoder")
@@ -69,7 +69,7 @@ def test_the_world_is_what_the_encoder_makes_of_the_pictures(world):
 
 @pytest.fixture(scope="module")
 def fewer():
-    """The world with a quarter of the names that `measure` draws, which takes a quarter of it."""
+    """The world with a quarter of the names that `measure` generates, to save time."""
     world = measure.World()
     world.generated = world.generated[::4]
     return world
@@ -82,13 +82,13 @@ def test_the_base_draws_what_it_is_asked_for(world):
 
 
 def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path, capsys):
-    """The demo, and the command it prints at its end."""
+    """Run the demo, then the command it prints at the end."""
     words = ["--demo", f"--output_dir={tmp_path / 'run'}"]
     before = measure.evaluate(measure.load_prior(), fewer, "outlined", seed=3)
     lora.main(parse(LoRASettings, words, miniature.LORA))
     after = measure.evaluate(measure.load_prior(tmp_path / "run"), fewer, "outlined", seed=3)
     assert before[0] < 0.2 and after[0] > 0.6
-    assert after[2] > 1.5 * fewer.chances()[1]  # the thing is still there
+    assert after[2] > 1.5 * fewer.chances()[1]  # the subject is still recognisable
     assert after[3] < before[3]
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("more images: "))

@@ -1,4 +1,4 @@
-"""The diffusion maths against DDPMWuerstchenScheduler and against their own definitions."""
+"""The diffusion formulas against DDPMWuerstchenScheduler and against their definitions."""
 
 import math
 import sys
@@ -40,7 +40,7 @@ def test_reverse_step_equals_scheduler(now, after):
 
 
 def test_reverse_step_undoes_the_noise():
-    """With the true noise, one step to t = 0 gives back the clean latents, up to ᾱ's limit."""
+    """With the true noise, one step to t = 0 recovers the clean latents, up to the limit of ᾱ."""
     latents, noise = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3)
     t = torch.tensor([0.1, 0.3])
     noisy = diffusion.add_noise(latents, noise, t)
@@ -50,7 +50,7 @@ def test_reverse_step_undoes_the_noise():
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_sampling_equals_the_pipeline(wuerstchen, guidance):
-    """The latents of two prompts, from the noise that the pipeline draws."""
+    """Latents of two prompts from the same noise as the pipeline."""
     times = sys.modules[WuerstchenPriorPipeline.__module__].DEFAULT_STAGE_C_TIMESTEPS
     assert torch.equal(diffusion.sampling_times(), torch.Tensor(times))
     pipeline = diffusers_pipelines.prior_pipeline(wuerstchen, wuerstchen)

@@ -1,4 +1,4 @@
-"""Several processes as one: what the other tests of ranks do not see from outside."""
+"""Distributed helpers: internals that the other multi-rank tests do not check."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.conftest import free_port
 
 @pytest.fixture
 def group(monkeypatch):
-    """A process group of one that passes for two, so that `wrap_ddp` uses DDP."""
+    """A process group of size 1 that reports size 2, so that `wrap_ddp` uses DDP."""
     address = f"tcp://127.0.0.1:{free_port()}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
@@ -21,7 +21,7 @@ def group(monkeypatch):
 
 
 def test_gradients_stay_in_ddps_buckets(group):
-    """Through steps with accumulation they keep their place: no second copy beside the buckets."""
+    """Gradients stay views of the buckets through accumulation; there is no second copy."""
     prior = tiny.make_prior()
     model = distributed.wrap_ddp(prior, torch.device("cpu"), torch.autocast("cpu", enabled=False))
     weights = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""What a run announces beforehand, against what it then takes."""
+"""Estimates printed before a run, compared with actual use."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CONFIG = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 5, "nhead": 4, 
 
 
 def kept_for_real(recompute, compute_type, adapt=None):
-    """Bytes of the distinct tensors that autograd keeps of a real forward pass, weights apart."""
+    """Bytes of the distinct tensors that autograd keeps of a forward pass, except the weights."""
     prior = tiny.make_prior(**CONFIG).train()
     if adapt:
         adapt(prior.to(compute_type))
@@ -25,7 +25,7 @@ def kept_for_real(recompute, compute_type, adapt=None):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # alive, so that no address comes twice
+            storages[storage.data_ptr()] = storage  # kept alive, so that addresses stay unique
         return tensor
 
     inputs = torch.randn(3, 16, 6, 6), torch.rand(3), torch.randn(3, 77, 32, dtype=compute_type)
@@ -44,7 +44,7 @@ def test_activations_are_those_of_a_real_pass(compute_type):
 
 
 def test_activations_of_adapters_are_those_of_a_real_pass():
-    """Frozen weights in bf16 are no copies, and frozen layers keep less."""
+    """Frozen bf16 weights are not copied, and frozen layers keep fewer activations."""
 
     def adapt(prior):
         return adapter.add_adapters(prior, 4, 4, ["attention"])
@@ -73,7 +73,7 @@ def test_recomputing_counts_what_it_keeps_and_one_triple_of_blocks():
         for recompute in (True, False)
     )
     kept = kept_for_real(True, torch.float32)
-    assert kept < counted < kept + plain / 4  # 5 triples: one is less than a quarter
+    assert kept < counted < kept + plain / 4  # one of 5 triples is less than a quarter
 
 
 def test_memory_sums():

@@ -1,4 +1,4 @@
-"""Disks, locks, numbers and files that fail or mean harm: nothing is lost, and it is said why."""
+"""Disk, lock, numeric and malicious-file faults: nothing is lost, and the cause is reported."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ RESUME = {"resume_from_checkpoint": "latest"}
 
 @contextlib.contextmanager
 def mounted(folder, options):
-    """A small file system of its own, in memory."""
+    """A small in-memory file system."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
@@ -49,11 +49,11 @@ def mounted(folder, options):
 
 @pytest.mark.parametrize("script", ["train.py", "lora.py"])
 def test_a_full_disk_loses_nothing(wuerstchen, few, tmp_path, monkeypatch, script):
-    """Full while a checkpoint is written, then while the result is; with space again it goes on."""
+    """Full while writing a checkpoint, then while writing the result; with space, it resumes."""
     settings = {**SHORT, **RESUME, "dataset_name": few, "script": script, "checkpointing_steps": 2}
     whole = train_here(wuerstchen, tmp_path / "whole", **settings)
     sizes = [file.stat().st_size for file in (whole / "checkpoint-6").iterdir()]
-    one = sum(-(-size // 4096) * 4096 for size in sizes)  # a tmpfs counts pages
+    one = sum(-(-size // 4096) * 4096 for size in sizes)  # tmpfs allocates pages
     room_left_at = {2: one // 2}
     take = Samples.__getitem__
 
@@ -71,7 +71,7 @@ def test_a_full_disk_loses_nothing(wuerstchen, few, tmp_path, monkeypatch, scrip
                 train_here(wuerstchen, disk / "out", **{**settings, "max_train_steps": 6})
             assert steps(disk / "out") == saved
             hidden = [path.name for path in (disk / "out").iterdir() if path.name[0] == "."]
-            assert hidden == [".lock"]  # the half that was written is gone
+            assert hidden == [".lock"]  # the partial write is removed
             (disk / "filler").unlink()
             room_left_at |= next_room
             said = "(prior_pipeline|lora_weights.safetensors) was not written: .*space.* is intact"
@@ -89,11 +89,11 @@ def test_a_read_only_folder_is_said_first(warm, wuerstchen, tmp_path):
         )
 
 
-# ---- Two runs, one folder.
+# ---- Two runs on one folder.
 
 
 def test_the_second_run_on_a_folder_is_refused(warm, wuerstchen, few, tmp_path):
-    """While the first lives, and not a moment longer, though its workers live on for seconds."""
+    """Refused while the first run lives, not afterwards, even if its workers exit later."""
     settings = {**SHORT, **RESUME, "dataset_name": few, "checkpointing_steps": 2}
     words = flags(wuerstchen, tmp_path, **settings, dataloader_num_workers=2)
     first = warm.start("train.py", [*words, "--max_train_steps=100000"])
@@ -126,7 +126,7 @@ def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, 
 def test_a_bad_loss_on_one_rank_stops_all(warm, wuerstchen, few, tmp_path):
     words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=1)
     first, second = warm.start_ranks(2, "train.py", words, [["noise", 4, "nan"]])
-    rows = [randomness.row_at(7, 7, 5)]  # step 4 of two ranks ends with position 7
+    rows = [randomness.row_at(7, 7, 5)]  # step 4 on two ranks ends with position 7
     said = f"train.py: Step 4: the loss is not finite on rank 1, rows {rows}. No weight was"
     code, printed = first.wait()
     assert code == 2 and printed.splitlines()[-1].startswith(said), printed
@@ -134,11 +134,11 @@ def test_a_bad_loss_on_one_rank_stops_all(warm, wuerstchen, few, tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
-# ---- Files that mean harm.
+# ---- Malicious files.
 
 
 class Harmful:
-    """Unpickling it makes a folder."""
+    """Unpickling an instance creates a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -160,7 +160,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["beside", "instead", "under its name"])
 def test_no_pickle_is_executed(wuerstchen, tmp_path, part, name):
-    """In any of the names that libraries look for, beside good weights or in place of them."""
+    """Under any file name that libraries look for, beside good weights or instead of them."""
     load, stem = PARTS[part]
     copy = shutil.copytree(wuerstchen, tmp_path / "copy")
     harm = pickle.dumps(Harmful(tmp_path / "executed"))
@@ -175,7 +175,7 @@ def test_no_pickle_is_executed(wuerstchen, tmp_path, part, name):
         with pytest.raises(UserError, match=f"{part}.* can't be loaded"):
             load(copy)
     assert not (tmp_path / "executed").exists()
-    pickle.loads(harm)  # it would have
+    pickle.loads(harm)  # proves that the pickle works
     assert (tmp_path / "executed").exists()
 
 
@@ -204,7 +204,7 @@ OUTSIDE = ["../secret.png", "/etc/passwd", "{}/secret.png", "sub/../../secret.pn
 
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
-    """Named in a metadata.jsonl, or in a table; a picture inside is taken."""
+    """Paths from metadata.jsonl or a table: outside is refused, inside is accepted."""
     path, folder = path.format(tmp_path), tmp_path / "pictures"
     folder.mkdir()
     for file in (tmp_path / "secret.png", folder / "good.png"):
@@ -230,7 +230,7 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
 
 
 def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):
-    """Two ranks end as one process does on a data set that never had the bad rows."""
+    """Two ranks skip the same bad rows; the result equals a run on a data set without them."""
     good = tiny.rows(dataset_name=str(few)).remove_columns("number")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     bad = {"image": [{"bytes": b"broken", "path": None}], "text": ["bad"]}

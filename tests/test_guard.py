@@ -1,4 +1,4 @@
-"""The guard: what is not finite stops a run, or in fp16 skips a step."""
+"""The guard: a non-finite value stops the run, or skips the step in fp16."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_guard_stops_at_a_bad_gradient_without_a_scaler():
 def test_guard_skips_overflows_a_few_times_in_a_row():
     guard = FiniteGuard(fp16=True, patience=2)
     finite = [guard.check(1, FINE, INF)[0], guard.check(2, FINE, NAN)[0]]
-    finite += [guard.check(3, FINE, FINE)[0]]  # counting starts again
+    finite += [guard.check(3, FINE, FINE)[0]]  # resets the count
     finite += [guard.check(4, FINE, INF)[0], guard.check(5, FINE, INF)[0]]
     assert finite == [False, False, True, False, False]
     with pytest.raises(UserError, match="Step 6"):

@@ -1,4 +1,4 @@
-"""The house: each floor imports from those before it only, and --help waits for nothing."""
+"""Package layout: layers import only from themselves and lower ones; --help skips torch."""
 
 import ast
 import subprocess
@@ -12,13 +12,13 @@ FLOORS = ("base", "step", "edge", "run")
 
 
 def floor_of(module):
-    """A module's floor as a number; what is on no floor (programs, the miniature) is last."""
+    """The layer of a module as a number; others (programs, the miniature) come last."""
     parts = module.split(".")
     return FLOORS.index(parts[1]) if len(parts) > 1 and parts[1] in FLOORS else len(FLOORS)
 
 
 def imports(file):
-    """The modules of the project that a file imports, as dotted names."""
+    """The project's modules that a file imports, as dotted names."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("minwurst"))

@@ -1,4 +1,4 @@
-"""The seed's commands against a Hub on loopback: downloaded, trained, pushed, loaded again."""
+"""The README's commands against a loopback Hub: download, train, push, load again."""
 
 import json
 import re
@@ -32,14 +32,14 @@ def readmes_command(name):
     return command.replace("$DATASET_NAME", DATASET).strip()
 
 
-# Diffusers' own commands, as the README has them, and then fewer steps.
+# Diffusers' commands as given in the README, with fewer steps.
 FULL = readmes_command("full") + " --max_train_steps=2"
 LORA = readmes_command("lora") + " --num_train_epochs=1"
 
 
 @pytest.fixture(scope="module")
 def loopback(wuerstchen, tmp_path_factory):
-    """A Hub with small models under the published names, and a data set of eight pictures."""
+    """A Hub with small models under the published names, and a data set of eight images."""
     pictures = tmp_path_factory.mktemp("pictures")
     for line in (tiny.IMAGES / "metadata.jsonl").read_text().splitlines()[:8]:
         with open(pictures / "metadata.jsonl", "a") as metadata:
@@ -55,7 +55,7 @@ def loopback(wuerstchen, tmp_path_factory):
 
 
 def run(words, folder, loopback, **more):
-    """A script of the repository in a folder of its own; returns (exit code, what it printed)."""
+    """Run a script of the repository in `folder`; returns (exit code, output)."""
     script, *words = shlex.split(words) if isinstance(words, str) else words
     variables = {**loopback.variables, "WANDB_MODE": "offline", **more}
     code = f"import os, runpy; os.chdir({str(folder)!r}); runpy.run_path({str(ROOT / script)!r}, "
@@ -65,7 +65,7 @@ def run(words, folder, loopback, **more):
 
 @pytest.fixture(scope="module")
 def pushed(loopback, tmp_path_factory):
-    """Both of the seed's commands, run whole: {script: (folder it ran in, what it printed)}."""
+    """Complete runs of both commands: {script: (working folder, output)}."""
     done = {}
     for words in (FULL, LORA):
         folder = tmp_path_factory.mktemp("seed")
@@ -109,7 +109,7 @@ def test_the_token_is_nowhere(loopback, pushed, script):
 
 @pytest.mark.parametrize("script", NAMES)
 def test_the_card(loopback, pushed, script, tmp_path):
-    """Its metadata is valid, its settings are the run's, and its snippet draws a picture."""
+    """The metadata is valid, the settings are the run's, and the snippet generates an image."""
     file = loopback.files(f"me/{NAMES[script]}") / "README.md"
     text = file.read_text(encoding="utf-8")
     facts = huggingface_hub.ModelCard(text).data
@@ -128,7 +128,7 @@ def test_the_card(loopback, pushed, script, tmp_path):
 
 
 def test_what_was_pushed_gives_the_same_latents(loopback, pushed, tmp_path):
-    """In a fresh process, from the Hub, against the local files."""
+    """Loaded from the Hub in a new process, compared with the local files."""
     code = """
 import sys, torch
 from safetensors.torch import save_file
@@ -159,12 +159,12 @@ save_file({
 
 @pytest.fixture(scope="module")
 def finished(wuerstchen, tmp_path_factory):
-    """The output folder of a run that was not asked to push."""
+    """The output folder of a run without --push_to_hub."""
     return train_here(wuerstchen, tmp_path_factory.mktemp("finished") / "a run", "lora.py")
 
 
 def again(loopback, folder, repository, *words, **more):
-    """`python -m minwurst.hub` without its waiting times."""
+    """Run `python -m minwurst.hub` without waiting between retries."""
     code = "from minwurst import hub as program; from minwurst.edge import push; "
     code += "push.WAITS = (0, 0, 0); program.main()"
     variables = {**loopback.variables, **more}
@@ -212,7 +212,7 @@ def test_no_result_no_push(finished, tmp_path):
 
 
 def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
-    """Wherever it is written: what was a folder for the run is no repository later."""
+    """A local folder never appears as a repository, wherever the card is written."""
     monkeypatch.chdir(tmp_path)
     run = run_file.read(finished)
     run["settings"] |= {"dataset_name": "secret/client", "validation_prompts": ["a | 'b'\n{c} `"]}
@@ -234,7 +234,7 @@ def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
 
 @pytest.fixture
 def asked_here(loopback, monkeypatch):
-    """This process asks the loopback Hub, without waiting between tries."""
+    """Point this process at the loopback Hub, without waiting between retries."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", loopback.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(push, "WAITS", (0,))
@@ -265,7 +265,7 @@ def test_a_token_may_end_in_a_blank(asked_here):
 
 
 def test_an_existing_repository_one_may_not_write_to(asked_here):
-    """Making it is answered "it exists"; only the check of the right to write tells."""
+    """Creating it returns "exists"; only the write-access check detects the problem."""
     push.make_repository("me/there")
     asked_here.answer(403, path="/auth-check/write")
     with pytest.raises(UserError, match="Can't push to me/there: .* is somebody else's, or"):
@@ -293,7 +293,7 @@ def test_a_dropped_connection_is_told_without_the_request(asked_here):
 
 
 def test_a_wrong_token_is_said_first(loopback, tmp_path):
-    """Before data or models are looked for: neither is to be had here."""
+    """Reported before data or models are loaded; neither exists here."""
     words = flags("nowhere", tmp_path / "out", train_data_dir="nowhere", push_to_hub=True)
     code, printed = run(["train.py", *words], tmp_path, loopback, HF_TOKEN="hf_wrong")
     assert code == 2 and "Traceback" not in printed

@@ -1,11 +1,11 @@
-"""SIGKILL at every file operation of a run that saves and rotates: nothing saved is lost.
+"""SIGKILL at every file operation of a run that saves and rotates: no saved step is lost.
 
-A quick sample of the points runs with the other tests. All of them, some minutes:
+A sample of the kill points runs with the other tests. All of them take some minutes:
 
     python -m pytest -m exhaustive tests/test_kill.py
 
-A kill loses what the process had in mind, not what the kernel had taken: that the flushes would
-hold through a power cut is not shown here.
+SIGKILL loses the memory of the process, not data already passed to the kernel, so these tests do
+not show that the flushes withstand a power failure.
 """
 
 import signal
@@ -18,11 +18,11 @@ from tests.conftest import assert_bitwise_equal, flags
 
 pytestmark = pytest.mark.slow
 
-STEPS = 4  # each is saved
+STEPS = 4  # each one is saved
 
 
 class Case:
-    """A run that saves each step, its uninterrupted end, and its file operations by number."""
+    """A run that saves each step: its uninterrupted result and its numbered file operations."""
 
     def __init__(self, warm, wuerstchen, few, folder, script, limit, **changed):
         self.warm, self.script, self.limit, self.folder = warm, script, limit, folder
@@ -34,7 +34,7 @@ class Case:
         self.wuerstchen, self.whole = wuerstchen, folder / "whole"
         code, printed = self.run(self.whole, kill_at=0)
         assert code == 0, printed
-        self.operations, self.saved = [None], [0]  # from 1; how many saves were done before each
+        self.operations, self.saved = [None], [0]  # from 1; number of saves completed before each
         for line in printed.splitlines():
             if line.startswith("operation "):
                 self.operations.append(line.split(": ")[1])
@@ -47,7 +47,7 @@ class Case:
         return self.warm.run(self.script, words, kill_at=kill_at)
 
     def check(self, number):
-        """Kill at an operation; the same command then ends as if nothing had been."""
+        """Kill at an operation; the same command then reaches the uninterrupted result."""
         out = self.folder / f"killed-{number}"
         code, printed = self.run(out, kill_at=number)
         assert code == -signal.SIGKILL, printed
@@ -56,12 +56,12 @@ class Case:
         assert self.saved[number] <= reached <= self.saved[number] + 1
         code, printed = self.run(out)
         assert code == 0, printed
-        assert "skipped" not in printed  # what is not whole never had a checkpoint's name
+        assert "skipped" not in printed  # an incomplete save never has a checkpoint's name
         assert_bitwise_equal(self.whole / f"checkpoint-{STEPS}", out / f"checkpoint-{STEPS}")
         result = "prior_pipeline/prior/diffusion_pytorch_model.safetensors"
         result = result if self.script == "train.py" else lora_file.FILE
         assert (self.whole / result).read_bytes() == (out / result).read_bytes()
-        # A kill in the last rotation leaves one more, for the next save to remove.
+        # A kill during the last rotation leaves one extra, which the next save would remove.
         assert self.limit <= len(checkpoint.list_all(out)) <= self.limit + 1
         left = [path.name for path in out.iterdir() if path.name.startswith(".")]
         assert left == [".lock"], f"killed at {number}, {self.operations[number]}"
@@ -82,15 +82,15 @@ def case(request, warm, wuerstchen, few, tmp_path_factory):
 
 
 def kind(operation):
-    """An operation without its step: "os.rename .checkpoint-.part"."""
+    """An operation without its step number: "os.rename .checkpoint-.part"."""
     words = [word.rsplit("/", 1)[-1] for word in operation.split()]
     return "".join(letter for letter in " ".join(words) if not letter.isdigit())
 
 
 def test_a_sample_of_the_points(case):
-    """Of each kind of operation the last one; of these the checkpoints' renames and every seventh.
+    """The last operation of each kind: of these, the checkpoint renames and every seventh.
 
-    The limits begin with different ones.
+    The cases start at different offsets.
     """
     last = {kind(text): number for number, text in enumerate(case.operations) if number}
     points = sorted(last.values())

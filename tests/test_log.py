@@ -1,4 +1,4 @@
-"""Trackers hold the run, run.json describes it, and a tracker that fails stops nothing."""
+"""Trackers record the run, run.json describes it, and a failing tracker does not stop it."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ TOKEN = "hf_" + "secret" * 5
 
 @pytest.fixture(scope="module")
 def all_trackers(wuerstchen, tmp_path_factory):
-    """The output folder of a run that reports to TensorBoard and to wandb, and what it printed."""
+    """(output folder, output) of a run that reports to TensorBoard and W&B."""
     folder = tmp_path_factory.mktemp("all") / "run"
     words = flags(
         wuerstchen, folder, report_to="all", logging_steps=2, validation_split=0.1,
@@ -53,7 +53,7 @@ def test_tensorboard_holds_numbers_and_pictures(all_trackers):
 
 
 def wandb_records(file):
-    """W&B's file is LevelDB's log: 7 bytes, then blocks of 32 KiB with records in pieces."""
+    """Parse W&B's file, a LevelDB log: 7 bytes, then 32 KiB blocks with fragmented records."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, record = file.read_bytes(), 7, b""
@@ -65,7 +65,7 @@ def wandb_records(file):
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # a full record, or its last fragment
             yield Record.FromString(record)
             record = b""
 
@@ -133,9 +133,9 @@ def test_run_json_describes_the_run(wuerstchen, tmp_path):
     assert run["starts"][0] == first["starts"][0]
     assert run["starts"][0]["torch"] == torch.__version__
     assert run["settings"]["seed"] == 7 and len(run["identity"]["data"]) == 16
-    (tmp_path / "run.json").write_text("{ cut off")  # it stops no run
+    (tmp_path / "run.json").write_text("{ cut off")  # a damaged run.json does not stop a run
     train_here(wuerstchen, tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
-    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2  # as far as it has come
+    assert json.loads((tmp_path / "run.json").read_text())["steps"] == 2  # the furthest step so far
     # Its settings are enough to repeat it.
     words = [f"--{name}={run['settings'][name]}" for name in ("seed", "resolution")]
     assert parse(Settings, ["--train_data_dir=x", *words]).resolution == 64
@@ -193,7 +193,7 @@ def test_wandb_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--report_to wandb needs a package: pip install wandb"):
         parse(Settings, ["--train_data_dir=x", "--report_to=wandb"])
-    parse(Settings, ["--train_data_dir=x", "--report_to=all"])  # takes what there is
+    parse(Settings, ["--train_data_dir=x", "--report_to=all"])  # of those installed
     trackers.check("all")
 
 

@@ -1,4 +1,4 @@
-"""LoRA: nothing changes at first, merged is wrapped, files mean the same in diffusers and PEFT."""
+"""LoRA: starts as identity, merging is exact, files are equivalent in diffusers and PEFT."""
 
 import sys
 
@@ -29,7 +29,7 @@ def make_prior(dtype=torch.float32):
 
 
 def make_adapted(rank=4, alpha=8.0, targets=("attention",)):
-    """A prior with adapters that do something."""
+    """A prior with non-zero adapters."""
     prior = make_prior()
     adapter.add_adapters(prior, rank, alpha, targets)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_a_fresh_adapter_changes_nothing(targets, half):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_without_autocast(tmp_path, dtype):
-    """As one samples: a prior in half precision, its adapters in fp32."""
+    """As in sampling: a prior in half precision, adapters in fp32."""
     lora_file.save(make_adapted(), tmp_path / lora_file.FILE)
     expected = predict(lora_file.load(make_prior(), tmp_path))
     prior = lora_file.load(make_prior(dtype), tmp_path)
@@ -105,7 +105,7 @@ def test_presets_and_names():
     ]  # fmt: skip
 
 
-# ---- The same in diffusers and PEFT.
+# ---- Equivalence with diffusers and PEFT.
 
 
 def reference_pipeline(wuerstchen):
@@ -132,7 +132,7 @@ def test_our_file_in_diffusers(wuerstchen, tmp_path, targets, rank, alpha):
 
 
 def peft_prior(alpha, targets):
-    """diffusers' prior with PEFT's adapters that do something."""
+    """diffusers' prior with non-zero PEFT adapters."""
     prior = Reference.from_config(make_prior().config)
     prior.load_state_dict(make_prior().state_dict())
     prior.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
@@ -147,7 +147,7 @@ ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 def test_a_file_of_the_reference_script(tmp_path):
-    """Written by the calls with which the reference script ends."""
+    """Written with the calls at the end of the reference script."""
     prior = peft_prior(alpha=4, targets=ATTENTION)
     diffusers.WuerstchenPriorPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(prior)
@@ -156,7 +156,7 @@ def test_a_file_of_the_reference_script(tmp_path):
 
 
 def test_a_file_with_metadata_of_diffusers(tmp_path):
-    """save_lora_adapter of newer versions keeps alpha in the file's metadata."""
+    """Newer versions of save_lora_adapter store alpha in the file's metadata."""
     prior = peft_prior(alpha=12, targets=ATTENTION)
     prior.save_lora_adapter(tmp_path)
     found = lora_file.load(make_prior(), tmp_path)
@@ -184,7 +184,7 @@ def test_a_folder_of_peft(tmp_path, rslora):
 
 @pytest.mark.parametrize("targets", [("attention", ATTENTION), ("all-linear", None)], ids=str)
 def test_training_steps_equal_pefts(targets):
-    """Adapter weights after 5 AdamW steps from the same start, on the same data."""
+    """Adapter weights after 5 AdamW steps from the same initial weights, on the same data."""
     preset, names = targets
     ours = make_prior().train()
     trainable = adapter.add_adapters(ours, 4, 8.0, [preset])
@@ -223,7 +223,7 @@ def test_start_from_a_file(tmp_path):
     fresh = make_prior()
     adapter.add_adapters(
         fresh, 4, 2.0, ["attention"]
-    )  # another alpha: the function is the same all the same
+    )  # a different alpha; the function stays the same
     lora_file.start_from(fresh, tmp_path / lora_file.FILE)
     assert relative(predict(fresh), predict(prior)) < 1e-6
     other = make_prior()
@@ -253,7 +253,7 @@ def test_mistakes_in_targets_and_rank():
 
 
 def broken(tmp_path, change):
-    """A good file, changed."""
+    """Write a valid file after applying `change` to its tensors."""
     file = tmp_path / lora_file.FILE
     lora_file.save(make_adapted(), file)
     tensors = load_file(file)
@@ -353,7 +353,7 @@ def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys):
         run("show", tmp_path / "nothing")
 
 
-# ---- The twin.
+# ---- Consistency with train.py.
 
 
 def loop(script):
@@ -386,7 +386,7 @@ def test_the_seeds_second_command_parses():
 
 
 def test_metadata_is_not_written(tmp_path):
-    """alpha/rank is in B already: metadata besides would have diffusers scale twice."""
+    """alpha/rank is already folded into B: with metadata, diffusers would scale twice."""
     file = tmp_path / lora_file.FILE
     lora_file.save(make_adapted(4, 8.0), file)
     with safe_open(file, framework="pt") as opened:

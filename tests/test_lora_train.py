@@ -1,4 +1,4 @@
-"""lora.py as a whole: what train.py's tests show of resuming, ranks and cuts, for adapters."""
+"""lora.py end to end: resuming, multiple ranks and batch splits, for adapters."""
 
 import shutil
 
@@ -37,7 +37,7 @@ def weights(folder):
 
 @torch.no_grad()
 def error(prior, wuerstchen):
-    """The mean squared error on all pictures, at times and noise that training did not see."""
+    """Mean squared error on all images, at timesteps and noise not used in training."""
     rows = tiny.rows()
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")
     tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
@@ -50,7 +50,7 @@ def error(prior, wuerstchen):
 
 @pytest.mark.slow
 def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
-    """Adapters alone are trained and saved; the file holds their average, and lowers the error."""
+    """Only adapters are trained and saved; the file contains their EMA and lowers the error."""
     out = train_here(
         wuerstchen, tmp_path, **LORA, use_ema=True, ema_decay=0.9, lora_targets="all-linear",
         max_train_steps=120, train_batch_size=8, mixed_precision="bf16",
@@ -94,7 +94,7 @@ def test_any_cut_of_the_batch_is_the_same_run(still_wuerstchen, tmp_path):
     four = train_here(still_wuerstchen, tmp_path / "four", **schedule, **pieces)
     cut = {"train_batch_size": 2, "checkpointing_steps": 2}
     two = torchrun(2, still_wuerstchen, tmp_path / "two", **schedule, **cut)
-    # And from two ranks' checkpoint-2, one process goes on along the same stream.
+    # One process resumes from the two-rank checkpoint-2 with the same sample stream.
     back = shutil.copytree(two, tmp_path / "back")
     checkpoint.delete(back / "checkpoint-4")
     train_here(still_wuerstchen, back, **schedule, resume_from_checkpoint="latest")
@@ -117,7 +117,7 @@ def test_a_resumed_run_needs_its_start_no_more(wuerstchen, tmp_path):
 
 
 def test_starting_from_a_file(wuerstchen, tmp_path):
-    """A second run that starts from the first one's file begins where it ended."""
+    """A run started from another run's file begins with that run's final adapters."""
     first = train_here(wuerstchen, tmp_path / "first", **LORA)
     second = train_here(
         wuerstchen, tmp_path / "second", **{**LORA, "lora_alpha": 2, "learning_rate": 0.0},

@@ -1,4 +1,4 @@
-"""The miniature's recipe: its parts fit together, and a stopped training goes on as it was."""
+"""The miniature's pretraining: its parts fit together, and interrupted training resumes."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def some_pictures():
-    """Eight blurred pictures, (8, 3, 256, 256) bytes."""
+    """Eight blurred images as a uint8 tensor (8, 3, 256, 256)."""
     drawn = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return (torch.nn.functional.interpolate(drawn, (256, 256), mode="bicubic") * 255).byte()
 
 
 def test_a_stopped_training_goes_on_as_it_was(tmp_path):
-    """Weights, averages, optimizer and the statistics of batch norms, on a small model."""
+    """Weights, averages, optimizer state and batch norm statistics, on a small model."""
 
     def run(work, stop=None, every=2):
         torch.manual_seed(1)
@@ -43,7 +43,7 @@ def test_a_stopped_training_goes_on_as_it_was(tmp_path):
 
 
 def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
-    """A step of each; what is written loads and draws as the published model does."""
+    """Train each part for one step; the result loads and samples like the published model."""
     for place in ("weights", "images", "world"):
         monkeypatch.setattr(pretrain, place.upper(), tmp_path / place)
     names = [f"thing number {number}" for number in range(8)]
@@ -57,7 +57,7 @@ def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
     encoder = models.load_image_encoder(folder / "image_encoder")
     latents = pretrain.encode(encoder, some_pictures)
     assert latents.shape == (8, 16, 6, 6)
-    assert 20 < latents.std() < 80  # of unit spread once it is scaled
+    assert 20 < latents.std() < 80  # unit variance after scaling
     decode = FullDecoder(folder / "decoder", torch.device("cpu"))
     assert decode(latents[:1] / 42, "", torch.Generator()).size == (256, 256)
     prior, _ = pipelines.load(str(folder), str(folder / "decoder"))

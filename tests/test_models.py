@@ -1,4 +1,4 @@
-"""Loading part by part, from a folder and from the root; what is wrong is named."""
+"""Loading the model's parts from subfolders and from the root; errors name the cause."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests import tiny
 
 @pytest.fixture
 def copy(wuerstchen, tmp_path):
-    """A copy of the small Würstchen to be broken."""
+    """A copy of the small model folder, for tests that damage it."""
     return shutil.copytree(wuerstchen, tmp_path / "copy")
 
 
@@ -35,12 +35,12 @@ def test_parts_load(wuerstchen):
     assert not any(weight.requires_grad for weight in frozen)
     states = encode_text(tokenizer, text_encoder, ["a bear", ""])
     assert states.shape == (2, 77, 32)
-    assert models.encoded_shapes(parts, 96) == ((16, 3, 3), (77, 32))  # before anything is loaded
+    assert models.encoded_shapes(parts, 96) == ((16, 3, 3), (77, 32))  # before loading
     assert torch.equal(encoders.condition(["a bear", ""])["text"], states)
 
 
 def test_text_is_encoded_as_the_pipeline_does(wuerstchen):
-    """Same states as diffusers' own prompt encoding, for a prompt and for no prompt."""
+    """Same text states as diffusers' prompt encoding, for a prompt and for the empty prompt."""
     import diffusers
 
     tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
@@ -60,14 +60,14 @@ def test_long_captions_are_cut(wuerstchen):
 
 
 def test_prior_at_the_root(wuerstchen, tmp_path):
-    """A repository of the prior alone: its text encoder comes from the complete one."""
+    """A repository with only the prior: the text encoder comes from the complete repository."""
     alone = shutil.copytree(wuerstchen / "prior", tmp_path / "alone")
     expected = models.load_prior(wuerstchen).state_dict()
     assert all(
         torch.equal(t, expected[name]) for name, t in models.load_prior(alone).state_dict().items()
     )
     with pytest.raises(UserError, match="warp-ai/wuerstchen-prior.*not available from the Hub"):
-        models.text_folder(alone)  # there is no Hub here
+        models.text_folder(alone)  # the Hub is unavailable in tests
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_missing_text_weights_are_named(copy):
 
 
 def test_pickles_are_not_read(copy):
-    """Weights that only a pickle holds are not loaded, whatever the pickle would do."""
+    """Weights available only as a pickle are not loaded, whatever the pickle contains."""
     (copy / WEIGHTS).unlink()
     torch.save({"a": 1}, copy / "prior" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="prior can't be loaded"):

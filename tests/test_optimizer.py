@@ -1,4 +1,4 @@
-"""Optimizer state by name, the schedule's steps, the moving average."""
+"""Optimizer state by name, the learning rate schedule, the moving average."""
 
 import math
 
@@ -28,7 +28,7 @@ def make_adamw(trainable, lr=1e-2):
 
 
 def test_adamw_is_torchs():
-    """The fused form makes the same steps as the plain one."""
+    """The fused implementation takes the same steps as the plain one."""
     model, trainable = toy()
     plain, weights = toy()
     ours = make_adamw(trainable)
@@ -50,7 +50,7 @@ def test_state_goes_round_by_name():
     assert "0.weight.exp_avg_sq" in tensors and tensors["1.bias.step"].item() == 3
     copy, weights = toy(1)
     state.copy_into(weights, {name: weight.detach().clone() for name, weight in trainable.items()})
-    # Saved in any order, restored under another learning rate: that of the new run counts.
+    # The saved order does not matter, and the new run's learning rate is used.
     restored = make_adamw(weights, lr=5e-3)
     shuffled = {name: tensors[name].clone() for name in reversed(tensors)}
     state.restore_optimizer(restored, weights, shuffled, numbers)

@@ -1,4 +1,4 @@
-"""The prior: numerically diffusers' class, and nothing changes when it recomputes."""
+"""The prior: numerically equal to diffusers' class, with and without recomputation."""
 
 import sys
 
@@ -11,20 +11,20 @@ from minwurst.step.prior import PUBLISHED, WuerstchenPrior, embed_timestep
 from tests import tiny
 from tests.conftest import relative
 
-# The module that defines the public pipeline names the prior's class, in every version.
+# In every version, the module of the public pipeline exports the prior's class.
 Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
 
 
 @pytest.fixture(scope="module")
 def pair():
-    """(ours, diffusers') at the published width, three blocks a kind, same weights, head shrunk."""
+    """(ours, diffusers') at the published width, depth 2, same weights, head scaled down."""
     torch.manual_seed(0)
     config = {**PUBLISHED, "depth": 2, "dropout": 0.0}
     reference = Reference(**config)
     with torch.no_grad():
         reference.out[1].weight.mul_(0.1), reference.out[1].bias.mul_(0.1)
         for name, weight in reference.named_parameters():
-            if name.endswith(("gamma", "beta")):  # they start at zero, which would hide them
+            if name.endswith(("gamma", "beta")):  # initialised to zero, which would hide errors
                 weight.normal_(std=0.5)
     ours = WuerstchenPrior(**config)
     ours.load_state_dict(reference.state_dict())
@@ -53,7 +53,7 @@ def test_gradients_equal_diffusers(pair):
     expected = dict(reference.named_parameters())
     for name, weight in ours.named_parameters():
         if name.endswith("to_k.bias"):
-            # Shifting all keys shifts all scores alike: this gradient is zero but for rounding.
+            # A shift of all keys shifts all scores equally: the gradient is zero up to rounding.
             scale = expected[name.replace("to_k", "to_q")].grad.abs().max()
             assert weight.grad.abs().max() < 1e-4 * scale
         else:
@@ -61,7 +61,7 @@ def test_gradients_equal_diffusers(pair):
 
 
 def test_the_picture_stays_channels_last():
-    """Each block takes and gives memory in which a pixel's channels lie side by side."""
+    """Each block returns a tensor in channels-last memory format."""
     prior = tiny.make_prior(c=64, dropout=0.0)
     strides = []
     for block in prior.blocks:
@@ -85,7 +85,7 @@ def test_odd_embedding_is_padded_as_in_diffusers():
 
 
 def test_timestep_embedding_keeps_fp32():
-    """At t near 1 the fastest sine must not be the noise that half precision makes of it."""
+    """Near t = 1, half precision would reduce the highest-frequency sine to noise."""
     t = torch.tensor([0.99731], dtype=torch.float32)
     exact = torch.sin(t.double() * 10000)
     assert (embed_timestep(t, 64)[0, 0] - exact).abs() < 1e-2
@@ -93,7 +93,7 @@ def test_timestep_embedding_keeps_fp32():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_recomputing_changes_nothing(precision):
-    """Same loss and gradients with gradient checkpointing, with dropout drawn again alike."""
+    """Same loss and gradients with gradient checkpointing, including the dropout masks."""
     torch.manual_seed(3)
     prior = tiny.make_prior(dropout=0.3).train()
     x, t, text = torch.randn(2, 16, 6, 6), torch.rand(2), torch.randn(2, 77, 32)

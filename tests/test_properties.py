@@ -1,4 +1,4 @@
-"""Properties that hold for whatever comes: streams, manifests, LoRA files, command lines."""
+"""Property-based tests: sample streams, manifests, LoRA files, command lines."""
 
 import contextlib
 import io
@@ -29,8 +29,8 @@ small = st.integers(1, 7)
 @few
 @given(st.integers(1, 40), small, small, small, st.integers(0, 2**63), st.integers(0, 30))
 def test_each_sample_comes_once_an_epoch(rows, batch, accumulation, world, seed, offset):
-    """From any step on, any number of ranks takes the stream without a gap or an overlap; so each
-    whole epoch in it has each row once.
+    """From any step, any number of ranks covers the stream without gap or overlap, so each complete
+    epoch contains each row once.
     """
     layout = BatchLayout(batch, accumulation, world)
     size = layout.global_batch
@@ -51,7 +51,7 @@ def test_each_sample_comes_once_an_epoch(rows, batch, accumulation, world, seed,
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory):
-    """A checkpoint, and a place for harmed copies of it."""
+    """(a checkpoint, a path for damaged copies of it)."""
     folder = tmp_path_factory.mktemp("sealed")
     groups = {"weights": {"a": torch.arange(9.0)}, "ema": {"a": torch.ones(3)}}
     checkpoint.save(folder, 1, groups, {"step": 1})
@@ -64,7 +64,7 @@ FILES = ["manifest.json", "state.json", "weights.safetensors", "ema.safetensors"
 @few
 @given(st.sampled_from(FILES), st.integers(0, 10**6), st.integers(1, 255), st.booleans())
 def test_any_flipped_or_missing_byte_is_found(sealed, name, place, change, cut):
-    """A change in the manifest is found where it says something else than before."""
+    """A change of the manifest must be detected only if it changes the parsed content."""
     good, copy = sealed
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(good, copy)
@@ -110,9 +110,9 @@ def read_or_user_error(file):
     st.sampled_from(["", "prior.", "base_model.model."]), options | numbers, st.booleans(),
 )  # fmt: skip
 def test_a_lora_file_is_read_or_refused(tmp_path, tensors, good, stored, beside):
-    """Whatever tensors and settings it has: adapters that fit, or a UserError and nothing else."""
+    """Any tensors and settings give adapters that fit or a UserError, nothing else."""
     made = {key: torch.zeros(shape, dtype=kind) for key, (shape, kind) in tensors.items()}
-    if good:  # a whole pair, so that the settings come to be used
+    if good:  # a complete pair, so that the settings are used
         made = {f"{good}b.a.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
     metadata = None if beside else {"lora_adapter_metadata": json.dumps(stored)}
     (tmp_path / lora_file.FILE).write_bytes(save(made, metadata))
@@ -123,7 +123,7 @@ def test_a_lora_file_is_read_or_refused(tmp_path, tensors, good, stored, beside)
 @few
 @given(st.binary(max_size=200), st.integers(0, 300), st.booleans())
 def test_bytes_are_no_lora_file(tmp_path, noise, place, whole):
-    """Noise, alone or written over a good file; and noise as settings."""
+    """Random bytes: alone, written over a valid file, or as the settings file."""
     good = {f"prior.a.lora_{factor}.weight": torch.zeros(2, 2) for factor in "AB"}
     content = save(good)
     (tmp_path / lora_file.FILE).write_bytes(
@@ -146,7 +146,7 @@ values = st.one_of(
 @few
 @given(st.lists(st.tuples(st.sampled_from([*FLAGS, "--", "-x"]), values, st.booleans())))
 def test_a_command_line_is_taken_or_refused(words):
-    """Any flags with any values: settings that pass their own check, an exit, or a UserError."""
+    """Any flags with any values give settings that pass their check, an exit, or a UserError."""
     line = []
     for flag, value, joined in words:
         line += [f"{flag}={value}"] if joined else [flag, value]

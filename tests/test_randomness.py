@@ -1,4 +1,4 @@
-"""The stream of samples: each row once an epoch; every draw a function of its place."""
+"""The sample stream: each row once per epoch; random numbers depend only on the position."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def taken(step, batch, accumulation, world):
     ("rows", "batch", "accumulation", "world"), [(7, 2, 3, 2), (10, 4, 1, 3), (1, 3, 2, 1)]
 )
 def test_each_row_once_an_epoch(rows, batch, accumulation, world):
-    """Counted over whole epochs that no batch and no number of ranks divides."""
+    """Counted over complete epochs that neither batch size nor rank count divides."""
     epochs = 6
     steps = -(-epochs * rows // (batch * accumulation * world))
     places = [p for step in range(1, steps + 1) for p in taken(step, batch, accumulation, world)]
@@ -54,7 +54,7 @@ def test_draws_are_distributed_as_they_should():
     uniform = randomness.uniform(0, range(4000)).numpy()
     assert uniform.min() >= 0 and uniform.max() < 1
     assert np.histogram(uniform, 4, (0, 1))[0].min() > 900
-    # No sample's timestep may tell anything of its noise.
+    # A sample's timestep and noise must be independent.
     pairs = np.corrcoef(uniform[:400], noise[:, 0, 0, 0].numpy())
     assert abs(pairs[0, 1]) < 0.15
 

@@ -1,4 +1,4 @@
-"""The READMEs are true: links lead somewhere, tables are what their commands print, code runs."""
+"""The READMEs: links resolve, tables match what their commands print, code runs."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
 
 
 def anchors(text):
-    """What GitHub calls the headings."""
+    """GitHub's anchors for the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -49,7 +49,7 @@ def test_the_table_of_sizes_is_what_its_command_prints(capsys):
 
 
 def commands(text):
-    """All commands in bash blocks and in code spans, as lists of words."""
+    """All commands in bash blocks and code spans, as lists of words."""
     text = text.replace("\\\n", " ").replace("$DATASET_NAME", "owner/name")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "trap" not in line]
@@ -60,7 +60,7 @@ def commands(text):
 
 @pytest.mark.parametrize("name", FILES)
 def test_its_commands_parse(name):
-    """Every flag of the scripts and of minwurst.sample."""
+    """Every flag used with the scripts and minwurst.sample is valid."""
     kinds = {"train.py": Settings, "lora.py": LoRASettings, "minwurst.sample": SampleSettings}
     count = 0
     for words in commands(TEXTS[name]):
@@ -74,7 +74,7 @@ def test_its_commands_parse(name):
 
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):
-    """The Python block as it stands, on a small exported folder, its text encoder in half."""
+    """The Python block, unmodified, on a small exported folder with an fp16 text encoder."""
     folder = tmp_path / "prior_pipeline"
     export.save_pipeline(models.load_prior(wuerstchen), folder, wuerstchen)
     text_encoder = models.load_text(wuerstchen, torch.float16)[1]

@@ -1,4 +1,4 @@
-"""The command line: the seed's command and the reference's flags; mistakes in one line each."""
+"""The command line: diffusers' command, the reference's flags, and one-line errors."""
 
 import importlib.util
 import shlex
@@ -29,7 +29,7 @@ def test_the_seeds_command_parses():
 
 
 def test_names_and_defaults_of_the_reference():
-    """The reference script's own parser, read as facts: name and default."""
+    """Names and defaults as in the reference script's parser."""
     expected = {
         "pretrained_prior_model_name_or_path": "warp-ai/wuerstchen-prior",
         "pretrained_decoder_model_name_or_path": "warp-ai/wuerstchen",
@@ -48,7 +48,7 @@ def test_names_and_defaults_of_the_reference():
     }  # fmt: skip
     found = vars(parse(Settings, DATA))
     assert {name: found[name] for name in expected} == expected
-    assert found["resolution"] == 768  # the reference's 512 gives 16 cells, which can't be decoded
+    assert found["resolution"] == 768  # 512 gives 16×16 latents, which can't be decoded
 
 
 def test_help_has_every_setting(capsys):
@@ -93,7 +93,7 @@ def test_no_data_names_the_flags():
     ("flag", "said"),
     [
         ("--leaning_rate=1", "did you mean --learning_rate"),
-        ("--max_train", "did you mean --max_train_steps"),  # no abbreviations: they change meaning
+        ("--max_train", "did you mean --max_train_steps"),  # no abbreviations
         ("--mixed_precision=fp8", "invalid choice: 'fp8'"),
         ("--train_batch_size=four", "invalid int value: 'four'"),
     ],

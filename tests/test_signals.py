@@ -1,4 +1,4 @@
-"""Signals end a step, not a run: saved once, by all ranks alike, and resumed to the same end."""
+"""Signals: the step is finished and saved once by all ranks, and the resumed run is the same."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ def whole(warm, wuerstchen, few, tmp_path_factory):
 
 
 CASES = {
-    # what is sent when, to the whole session: exit code, checkpoints, what is said
+    # signals sent to the whole session, exit code, checkpoints, part of the output
     "SIGTERM": ([["step", 3, TERM]], 143, [3], "SIGTERM: saved and stopped"),
     "Ctrl-C": ([["step", 3, INT]], 130, [3], "SIGINT: saved and stopped"),
     "twice SIGTERM": ([["step", 3, TERM, TERM]], 143, [3], "SIGTERM: saved and stopped"),
@@ -54,7 +54,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_signal_at_any_time(warm, wuerstchen, few, whole, tmp_path, name):
-    """To the process and its workers; the same command then reaches the same end, bit for bit."""
+    """Sent to the process and its workers; the same command then ends with identical bits."""
     faults, code, saved, said = CASES[name]
     script = "lora.py" if name == "Ctrl-C" else "train.py"
     settings = {**SHORT, **RESUME, "dataset_name": few, "dataloader_num_workers": 2}
@@ -81,7 +81,7 @@ def test_one_rank_that_hears_it_is_enough(warm, wuerstchen, few, tmp_path, numbe
 
 
 def test_a_rank_that_stalls_ends_the_others(warm, wuerstchen, few, tmp_path):
-    """A stopped process answers to nothing; the other one's patience ends, its checkpoint stays."""
+    """When one rank is stopped, the other times out, and its checkpoint remains."""
     words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, checkpointing_steps=2)
     waiting, stopped = warm.start_ranks(
         2, "train.py", words, [["step", 4, signal.SIGSTOP]], patience=10
@@ -93,14 +93,14 @@ def test_a_rank_that_stalls_ends_the_others(warm, wuerstchen, few, tmp_path):
     assert stopped.wait()[0] == -signal.SIGKILL
 
 
-# ---- Under torchrun and a scheduler, whose signals come from all sides.
+# ---- Under torchrun and a scheduler, which send signals to several processes.
 
 
 def family(pid):
-    """A process and all its descendants, as the kernel has them now."""
+    """The ids of a process and all its current descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone since it was listed
+        with contextlib.suppress(OSError):  # exited since it was listed
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
     found = [pid]
     for one in found:
@@ -110,7 +110,7 @@ def family(pid):
 
 @pytest.fixture
 def launched():
-    """Commands that end with the test, with all they started, also where it fails."""
+    """A list of commands to kill, with their descendants, when the test ends or fails."""
     processes = []
     yield processes
     for process in processes:
@@ -129,13 +129,13 @@ def wait_for(condition, process, seconds=90):
 
 
 def a_rank(agent):
-    """The process of the last rank that the agent started."""
+    """The process id of the last rank that the agent started."""
     words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in family(agent.pid)[1:]}
     return max(pid for pid in words if "train.py" in words[pid])
 
 
 def test_a_rank_that_dies_is_started_again(launched, warm, wuerstchen, few, tmp_path):
-    """kill -9 of one rank: all end, start again, and end as if nothing had been."""
+    """After kill -9 of one rank, all ranks restart and reach the uninterrupted result."""
     settings = {**SHORT, **RESUME, "dataset_name": few, "max_train_steps": 60}
     settings |= {"checkpointing_steps": 5, "checkpoints_total_limit": 2}
     words = flags(wuerstchen, tmp_path / "whole", **settings)
@@ -155,7 +155,7 @@ def test_a_rank_that_dies_is_started_again(launched, warm, wuerstchen, few, tmp_
 
 
 def test_the_readmes_slurm_script(launched, wuerstchen, few, tmp_path):
-    """As it stands, but for the flags and the number of GPUs: it is told that its time is up."""
+    """The script with only flags and GPU count changed; it receives the time limit signal."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README, re.DOTALL)
     settings = {**SHORT, **RESUME, "dataset_name": few, "max_train_steps": 100000}
     settings |= {"dataloader_num_workers": 1, "logging_steps": 1}

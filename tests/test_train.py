@@ -1,4 +1,4 @@
-"""train.py as a whole: equal to a plain loop, to itself resumed, and to itself cut over ranks."""
+"""train.py end to end: equal to a plain loop, to a resumed run, and to a run on several ranks."""
 
 import json
 import re
@@ -37,14 +37,14 @@ Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].Wuerstchen
 
 
 def losses(printed):
-    """The losses of a run's printed log."""
+    """The losses in a run's printed log."""
     return [
         float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if "loss " in line
     ]
 
 
 def assert_close_weights(found, expected, tolerance, steps=4, learning_rate=1e-3):
-    """Same weights up to float error, per tensor; to_k.bias moves on rounding alone."""
+    """Same weights up to float error, per tensor; to_k.bias changes only by rounding."""
     assert found.keys() == expected.keys()
     for name in found:
         if name.endswith("to_k.bias"):
@@ -58,7 +58,7 @@ def weights(folder):
 
 
 def test_the_loss_falls_and_captions_matter(wuerstchen, tmp_path, capsys):
-    """On eight images the loss halves, and exchanged captions make the error worse."""
+    """On eight images the loss nearly halves, and swapped captions increase the error."""
     tiny.rows().select(range(8)).save_to_disk(tmp_path / "eight")
     out = train_here(
         wuerstchen, tmp_path / "out", train_data_dir=None, dataset_name=tmp_path / "eight",
@@ -89,7 +89,7 @@ def test_the_loss_falls_and_captions_matter(wuerstchen, tmp_path, capsys):
     [{}, {"loss_weighting": "p2", "timestep_sampling": "wuerstchen", "caption_dropout": 0.5}],
 )
 def test_equals_a_plain_loop(still_wuerstchen, tmp_path, objective):
-    """Weights after 4 steps against a loop written out of diffusers' and torch's own parts."""
+    """Weights after 4 steps, against a loop built from diffusers' and torch's components."""
     out = train_here(
         still_wuerstchen, tmp_path, lr_scheduler="cosine", lr_warmup_steps=2,
         adam_weight_decay=0.01, max_grad_norm=0.05, gradient_accumulation_steps=2,
@@ -142,7 +142,7 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision):
-    """4 steps = 2 + resume + 2, bit for bit, with everything on that has a state."""
+    """4 steps = 2 + resume + 2, bit for bit, with every stateful option enabled."""
     settings = {**EVERYTHING, "mixed_precision": precision}
     whole = train_here(wuerstchen, tmp_path / "whole", **settings)
     parts = train_here(wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
@@ -170,7 +170,7 @@ def test_eight_bit_adam_resumes_too(wuerstchen, tmp_path):
 def test_resumed_run_is_the_same_run_on_ranks(
     warm, wuerstchen, few, tmp_path, script, ranks, precision
 ):
-    """The same on ranks, and with lists of captions to draw from."""
+    """The same on several ranks, with lists of captions to choose from."""
     rows = tiny.rows(dataset_name=str(few))
     captions = [[text, f"another {text}"] for text in rows["text"]]
     rows.remove_columns("text").add_column("text", captions).save_to_disk(tmp_path / "lists")
@@ -212,7 +212,7 @@ def test_a_resumed_run_takes_the_saved_seed(wuerstchen, tmp_path):
 
 @pytest.fixture(scope="module")
 def one_process(still_wuerstchen, tmp_path_factory):
-    """The run that every cut of its batch of 4 must equal, in weights and schedule."""
+    """The run that every split of its batch of 4 must equal, in weights and schedule."""
     folder = tmp_path_factory.mktemp("one")
     return train_here(still_wuerstchen, folder, lr_scheduler="cosine", lr_warmup_steps=2)
 
@@ -244,7 +244,7 @@ def test_two_ranks_equal_one_and_a_resumed_run_may_change_ranks(
         2, still_wuerstchen, tmp_path / "two", **CUT, train_batch_size=2, checkpointing_steps=2
     )
     assert_same_run(two, one_process)
-    # From its checkpoint-2, one process with the same global batch goes on along the same stream.
+    # From checkpoint-2, one process with the same global batch resumes the same sample stream.
     checkpoint.delete(two / "checkpoint-4")
     train_here(still_wuerstchen, two, **CUT, checkpointing_steps=2, resume_from_checkpoint="latest")
     assert_same_run(two, one_process)
@@ -253,7 +253,7 @@ def test_two_ranks_equal_one_and_a_resumed_run_may_change_ranks(
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "lora.py"])
 def test_two_machines_equal_one(still_wuerstchen, tmp_path, script):
-    """Two torchrun agents with one process each against one agent with two."""
+    """Two torchrun agents with one process each, against one agent with two."""
     one = torchrun(2, still_wuerstchen, tmp_path / "one", script, train_batch_size=2)
     port = free_port()
     agents = [
@@ -278,7 +278,7 @@ def test_recomputing_is_the_same_run(wuerstchen, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_stays_near_fp32(wuerstchen, tmp_path, precision):
-    """Trained weights are fp32 and end near those of the fp32 run."""
+    """Trained weights are fp32 and close to those of the fp32 run."""
     plain = weights(train_here(wuerstchen, tmp_path / "plain") / "checkpoint-4")
     half = weights(
         train_here(wuerstchen, tmp_path / "half", mixed_precision=precision) / "checkpoint-4"
@@ -296,7 +296,7 @@ def test_half_precision_stays_near_fp32(wuerstchen, tmp_path, precision):
 
 
 def test_fp16_overflow_is_skipped_and_counted(wuerstchen, tmp_path, monkeypatch, capsys):
-    """Steps pass without an update until a loss scale far too large is halved enough."""
+    """Steps skip the update until the excessive loss scale has been halved often enough."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**30, **k)
@@ -310,11 +310,11 @@ def test_fp16_overflow_is_skipped_and_counted(wuerstchen, tmp_path, monkeypatch,
     assert all(tensor.isfinite().all() for tensor in weights(out / "checkpoint-30").values())
     begin = models.load_prior(wuerstchen).state_dict()
     first = weights(out / "checkpoint-3")
-    assert all(torch.equal(begin[name], first[name]) for name in first)  # nothing moved yet
+    assert all(torch.equal(begin[name], first[name]) for name in first)  # no update yet
 
 
 def test_a_bad_loss_stops_before_it_is_saved(wuerstchen, tmp_path, monkeypatch):
-    """NaN in one batch of latents: the run ends with the step named, its checkpoints intact."""
+    """NaN in one batch of latents: the run stops, reports the step, and keeps its checkpoints."""
     add_noise, calls = diffusion.add_noise, []
 
     def poisoned(latents, noise, t):
@@ -332,7 +332,7 @@ def test_a_bad_loss_stops_before_it_is_saved(wuerstchen, tmp_path, monkeypatch):
 
 
 def test_going_back_leaves_the_later_branch_aside(wuerstchen, tmp_path, capsys):
-    """From checkpoint-1 anew: what lies beyond is renamed; not counted, resumed or deleted."""
+    """Resuming at checkpoint-1 renames later checkpoints; they are not counted, used or deleted."""
     settings = {"checkpointing_steps": 1, "checkpoints_total_limit": 3}
     out = train_here(wuerstchen, tmp_path, **settings, max_train_steps=3)
     left = saved(out / "checkpoint-3")
@@ -353,7 +353,7 @@ def test_checkpoints_rotate(wuerstchen, tmp_path):
 
 @pytest.mark.slow
 def test_epochs_set_the_number_of_steps(wuerstchen, tmp_path):
-    """56 rows, 3 epochs, 32 a step: 6 steps, the last of which runs into the fourth epoch."""
+    """56 rows, 3 epochs, 32 per step: 6 steps, the last of which extends into the fourth epoch."""
     out = train_here(
         wuerstchen, tmp_path, max_train_steps=None, num_train_epochs=3, train_batch_size=32
     )
@@ -376,19 +376,19 @@ def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
         "pictures_per_second",
         "memory_gib",
     }
-    assert [event.step for event in log.Scalars("loss")] == [2, 4, 6, 8]  # step 6 once
+    assert [event.step for event in log.Scalars("loss")] == [2, 4, 6, 8]  # step 6 only once
     assert all(event.value == pytest.approx(1e-3) for event in log.Scalars("learning_rate"))
 
 
 def test_result_is_the_average_in_the_hubs_layout(wuerstchen, tmp_path):
-    """prior_pipeline/ holds the EMA weights and loads in this diffusers the way the README says."""
+    """prior_pipeline/ contains the EMA weights and loads in diffusers as the README describes."""
     out = train_here(wuerstchen, tmp_path, use_ema=True, max_train_steps=6) / "prior_pipeline"
     prior = Reference.from_pretrained(out, subfolder="prior", low_cpu_mem_usage=False)
     average = load_file(tmp_path / "checkpoint-6" / "ema.safetensors")
     assert all(torch.equal(prior.state_dict()[name], average[name]) for name in average)
     plain = weights(tmp_path / "checkpoint-6")
     assert not torch.equal(plain["out.1.weight"], average["out.1.weight"])
-    for part in ("text_encoder", "tokenizer"):  # byte for byte the base's
+    for part in ("text_encoder", "tokenizer"):  # byte-identical to the base model
         for file in (wuerstchen / part).iterdir():
             assert (out / part / file.name).read_bytes() == file.read_bytes()
     index = json.loads((out / "model_index.json").read_text())
@@ -397,7 +397,7 @@ def test_result_is_the_average_in_the_hubs_layout(wuerstchen, tmp_path):
 
 
 def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
-    """The pipeline built part by part samples; in diffusers 0.37 so does from_pretrained."""
+    """A pipeline built from the parts samples; before diffusers 0.38 from_pretrained works too."""
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
     out = train_here(wuerstchen, tmp_path) / "prior_pipeline"
@@ -421,7 +421,7 @@ def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
     assert all(torch.equal(found[0], other) for other in found)
 
 
-# ---- The user's own mistakes: one line, exit code 2, before any long work.
+# ---- User errors: one line, exit code 2, before any long work.
 
 
 @pytest.mark.slow
@@ -463,7 +463,7 @@ def test_mistakes_under_torchrun_are_said_once(wuerstchen, tmp_path):
 
 @pytest.mark.slow
 def test_the_seeds_command_says_what_is_missing(tmp_path):
-    """Without the Hub it ends in one line that names the flag; nothing else stands in its way."""
+    """Without the Hub, the only error is one line that names the flag."""
     code, printed = command(
         sys.executable, "train.py", "--mixed_precision=fp16", "--resolution=768",
         "--dataset_name=lambdalabs/naruto-blip-captions", "--train_batch_size=4",
@@ -532,7 +532,7 @@ def test_changed_learning_rate_is_said_and_taken(wuerstchen, tmp_path, capsys):
 
 
 def test_every_sample_once_an_epoch(wuerstchen, tmp_path, monkeypatch):
-    """Counted where they are read: 56 rows, 5 a step, 2 epochs and a bit."""
+    """Counted where samples are read: 56 rows, 5 per step, just over 2 epochs."""
     seen = []
     take = Samples.__getitem__
     monkeypatch.setattr(

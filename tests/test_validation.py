@@ -1,4 +1,4 @@
-"""Validation shows the prior as it will be used, and leaves training as it was."""
+"""Validation samples with the exported prior and does not affect training."""
 
 import contextlib
 import re
@@ -26,7 +26,7 @@ PROMPTS = ["a bear", "honey pot"]
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What GenerateImages was given to show: a list of (step, [latents of each prompt])."""
+    """The arguments of GenerateImages.show: a list of (step, [latents of each prompt])."""
     seen, show = [], validation.GenerateImages.show
 
     def keep(self, step, latents):
@@ -83,13 +83,13 @@ def test_ranks_share_it_and_train_on_as_before(warm, wuerstchen, tmp_path):
 
 
 def test_it_draws_with_the_exported_weights(wuerstchen, tmp_path, shown):
-    """The last pictures are those of the result: averaged, without dropout, in diffusers' class."""
+    """The last images match the exported result: EMA weights, no dropout, in diffusers' class."""
     looks = looking(wuerstchen, ema_decay=0.5, validation_steps=3, resolution=128)
     train_here(wuerstchen, tmp_path, **looks)
     assert [step for step, _ in shown] == [0, 3, 4]
     pipeline = diffusers_pipelines.prior_pipeline(tmp_path / "prior_pipeline", wuerstchen)
     text = encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a bear", ""])
-    # It trains on 4×4 latents; 3×3 is the nearest size that can be decoded.
+    # Training uses 4×4 latents; 3×3 is the nearest size that can be decoded.
     noise = randomness.sampling_noise(7, randomness.image_key("a bear", 0), (16, 3, 3))
     expected = diffusion.sample(lambda x, t, c: pipeline.prior(x, t, c), {"c": text}, noise)
     assert relative(shown[-1][1][0], expected) < 1e-5
@@ -107,7 +107,7 @@ def test_a_picture_does_not_depend_on_the_others(wuerstchen, tmp_path, shown):
 
 
 def test_sampling_draws_the_same_picture(wuerstchen, tmp_path, monkeypatch):
-    """`minwurst.sample` with a run's seed gives what validation gave at the end."""
+    """`minwurst.sample` with a run's seed generates the same image as its last validation."""
     drawn, grid = [], grids.grid
 
     def keep(found, *words, **more):
@@ -155,14 +155,14 @@ def test_other_prompts_have_no_before(wuerstchen, tmp_path):
 
 @pytest.mark.slow
 def test_epochs_set_when_it_is_due(wuerstchen, tmp_path, capsys):
-    """56 rows, 6 of them held out: at 10 pictures a step, two epochs are 10 steps."""
+    """56 rows, 6 of them held out: with 10 images per step, two epochs are 10 steps."""
     looks = {"validation_split": 0.1, "validation_epochs": 2, "train_batch_size": 10}
     train_here(wuerstchen, tmp_path, max_train_steps=25, **looks)
     assert list(held_out_losses(capsys.readouterr().out)) == [0, 10, 20, 25]
 
 
 def test_held_out_loss_is_the_plain_error_at_fixed_times(still_wuerstchen, tmp_path, capsys):
-    """Whatever objective training has; the same on two ranks; recomputed here by hand."""
+    """Independent of the training objective; compared with a direct computation."""
     looks = {"validation_split": 0.2, "loss_weighting": "p2", "max_train_steps": 1}
     train_here(still_wuerstchen, tmp_path / "one", **looks)
     (before, after) = held_out_losses(capsys.readouterr().out).values()

@@ -1,12 +1,11 @@
-"""A small random Würstchen in the Hub's layout, to run the trainer and its tests on.
+"""A small random model folder in the Hub's layout, for the trainer and its tests.
 
     python -m tests.tiny runs/tiny
 
 The folder has prior/, text_encoder/, tokenizer/, scheduler/, image_encoder/ and decoder/ (Stages B
-and A with their own text encoder): the published model's classes and files with a ten-thousandth of
-its parameters, none of them trained. It generates no recognisable images, but its image encoder's
-latents are scaled like the published one's, so what it can learn of images and captions shows in
-the loss.
+and A with their own text encoder): the published model's classes and files with 1/10,000 of its
+parameters, untrained. It generates no recognisable images, but its latents are scaled like the
+published image encoder's, so the loss shows whether the prior learns from images and captions.
 """
 
 import sys
@@ -31,23 +30,23 @@ STAGES = [
 
 
 def rows(**settings):
-    """The rows of a data set; by default those of the tests' own images.
+    """The rows of a data set; by default the test images.
 
-    settings: train_data_dir or dataset_name, and others of Settings.
+    settings: train_data_dir or dataset_name, and other fields of Settings.
     """
     given = settings or {"train_data_dir": IMAGES}
     return dataset.find(Settings(**{name: str(value) for name, value in given.items()}))
 
 
 def parts(folder):
-    """The parts of what `make` wrote."""
+    """The parts of a folder written by `make`."""
     folder = Path(folder)
     image_encoder, decoder = folder / "image_encoder", folder / "decoder"
     return models.Parts(folder / "prior", folder, image_encoder, decoder, prior_alone=False)
 
 
 def make_prior(**config):
-    """A small prior whose head starts near "the noise is the input", so that it can be trained."""
+    """A small prior whose head is initialised to predict roughly its input, so that it trains."""
     small = {"c_in": 16, "c": 64, "c_cond": 32, "c_r": 16, "depth": 2, "nhead": 4}
     prior = WuerstchenPrior(**{**small, **config})
     with torch.no_grad():
@@ -56,10 +55,10 @@ def make_prior(**config):
 
 
 def make_image_encoder(rows):
-    """A small encoder whose batch norms have seen the images.
+    """A small encoder whose batch norms are calibrated on the images.
 
-    Its scaled latents have unit variance, like the published encoder's: with a smaller one, noise
-    would drown the images, and a model could learn nothing of them.
+    Its scaled latents have unit variance, like the published encoder's. With a smaller variance,
+    noise would dominate and a model could not learn anything about the images.
     """
     encoder = EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
     for module in encoder.modules():
@@ -75,14 +74,14 @@ def make_image_encoder(rows):
 
 
 def make_decoder(folder, tokenizer):
-    """Write Stages B and A, which turn 3×3 latents into 128×128 pixels, in the Hub's layout."""
+    """Write Stages B and A, which decode 3×3 latents to 128×128 pixels, in the Hub's layout."""
     kind = diffusers.WuerstchenDecoderPipeline
     decoder = diffusers_pipelines.class_beside(kind, "WuerstchenDiffNeXt")(
         c_in=4, c_out=4, c_r=16, patch_size=2, c_cond=32, c_hidden=[16, 16, 16, 16],
         nhead=[-1, 2, 2, 2], blocks=[1, 1, 1, 1], effnet_embd=16, clip_embd=16,
     )  # fmt: skip
-    # Default initialisation ignores the latents. These weights do not, and their divisor b is near
-    # 1, so that sampling does not diverge to black and white.
+    # The default initialisation ignores the latents. These weights do not, and their divisor b is
+    # near 1, so that sampling does not diverge to black and white.
     for name, weight in decoder.named_parameters():
         if name.endswith("channelwise.4.weight") or name.startswith(("effnet_mappers", "clf")):
             torch.nn.init.normal_(weight, std=0.3)

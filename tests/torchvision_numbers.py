@@ -1,9 +1,9 @@
-"""What torchvision computes, for our own code to be compared with: a file of inputs and outputs.
+"""Write inputs and outputs of torchvision to a file, for comparison with our code.
 
     PYTHONPATH=.torchvision python tests/torchvision_numbers.py numbers.safetensors
 
-A process of its own, with torchvision in a folder of its own: its wheel is built for CUDA, and
-beside a CPU build of torch it would break every import of transformers.
+This runs in a separate process with torchvision in a separate folder: the wheel is built for CUDA,
+and next to a CPU build of torch it would break every import of transformers.
 """
 
 import sys
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-# On import it asks for the schemas of operators that only its CUDA build registers.
+# On import, torchvision needs the schemas of operators that only its CUDA build registers.
 library = torch.library.Library("torchvision", "FRAGMENT")
 for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a) -> Tensor"):
     if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
@@ -26,7 +26,7 @@ SIZES = [(100, 70), (70, 100), (64, 64), (51, 200), (333, 90), (1, 1), (40, 41),
 
 
 def efficientnet(numbers):
-    """EfficientNetV2-S with random weights and batch norms away from their start."""
+    """EfficientNetV2-S with random weights and non-default batch norm statistics."""
     torch.manual_seed(0)
     features = torchvision.models.efficientnet_v2_s().features.eval()
     with torch.no_grad():
@@ -41,7 +41,7 @@ def efficientnet(numbers):
 
 
 def preprocessing(numbers, side=64):
-    """Random pictures of several shapes, resized, cropped and normalised."""
+    """Random images of several shapes, resized, cropped and normalised."""
     steps = transforms.Compose(
         [
             transforms.Resize(side, transforms.InterpolationMode.BILINEAR, antialias=True),

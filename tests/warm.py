@@ -1,12 +1,12 @@
-"""A warm parent for tests that end processes: it imports once, then forks the runs.
+"""A parent process for tests that kill processes: it imports once, then forks the runs.
 
     with Warm(wuerstchen) as warm:
         run = warm.start("train.py", flags(…), faults=[["step", 3, signal.SIGTERM]])
         code, printed = run.wait()
 
-A forked run does what `python train.py …` does, in a session of its own, in half a second instead
-of ten. It can be told to send signals to this session at a place in the code, to kill itself at its
-n-th file operation, or to tell its operations.
+A forked run does what `python train.py …` does, in its own session, in half a second instead of
+ten. It can send signals to this session at a given point in the code, kill itself at its n-th file
+operation, or print its file operations.
 """
 
 import datetime
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Warm:
-    """The parent, for as long as the `with` block lasts. wuerstchen: to load once beforehand."""
+    """Use as a context manager: the parent process. wuerstchen: the model folder to preload."""
 
     def __init__(self, wuerstchen):
         self.wuerstchen = wuerstchen
@@ -50,9 +50,9 @@ class Warm:
         return json.loads(self.process.stdout.readline())
 
     def start(self, script, words, faults=(), kill_at=None, patience=60, **variables):
-        """A run of a script.
+        """Start a run of a script.
 
-        faults: [place, which call of it, signal, …] of what to send. kill_at: number of the file
+        faults: a list of [key of PLACES, which call of it, signal, …]. kill_at: number of the file
         operation at which to die; 0 prints them. patience: seconds that ranks wait for each other.
         """
         log = tempfile.mkstemp(suffix=".log")[1]
@@ -61,7 +61,7 @@ class Warm:
         return Run(self, pid, Path(log))
 
     def start_ranks(self, ranks, script, words, faults=(), **options):
-        """A run on several ranks, without torchrun; the last one meets the faults."""
+        """Start a run on several ranks without torchrun; the last rank gets the faults."""
         with socket.socket() as opened:
             opened.bind(("127.0.0.1", 0))
             port = opened.getsockname()[1]
@@ -80,20 +80,20 @@ class Warm:
 
 
 class Run:
-    """A forked run: its process and what it printed so far."""
+    """A forked run: its process id and its log file."""
 
     def __init__(self, warm, pid, log):
         self.warm, self.pid, self.log = warm, pid, log
 
     def wait(self):
-        """(exit code, or minus the signal that ended it; what it printed)."""
+        """Returns (exit code, or minus the signal that ended it; output)."""
         code, printed = self.warm.ask(wait=self.pid), self.log.read_text()
         self.log.unlink()
         return code, printed
 
 
 def serve():
-    """Answer requests from standard input, one a line; in a forked run, return what it is to do."""
+    """Answer requests from standard input, one per line; in a forked run, return its request."""
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -118,7 +118,7 @@ def wait(pid, seconds=120):
 
 
 def become(request):
-    """In a forked run: all that another process would not share with its parent."""
+    """In a forked run: set up its own session, output, environment and arguments."""
     os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
@@ -129,10 +129,10 @@ def become(request):
 
 
 def send(place, call, *numbers):
-    """Send signals to the whole session when the place is reached for the call-th time.
+    """Send signals to the whole session when PLACES[place] is called for the call-th time.
 
-    By another process, as in life: workers tell their trainer's signals from others'. In place of
-    a signal, "nan" poisons what the place returns.
+    A separate process sends them, as in real use: workers distinguish signals from their trainer
+    from others. Instead of a signal, "nan" turns the function's result into NaN.
     """
     module, name = PLACES[place]
     function, calls = getattr(module, name), []
@@ -152,11 +152,11 @@ def send(place, call, *numbers):
 
 
 class Operations:
-    """Counts what is done to files in saving, and kills the process at operation `kill_at`.
+    """Counts file operations while saving, and kills the process at operation `kill_at`.
 
-    Python itself tells of what it is about to do with files, by audit events. What it does not
-    tell of, fsync and what safetensors writes, is wrapped. A file is killed before it is opened and
-    with half of its bytes written. A kill_at of 0 prints a line for each operation instead.
+    Python reports file operations before they happen, through audit events. Those it does not
+    report, fsync and safetensors' writes, are wrapped. For each file, kill points are before it is
+    opened and after half of its bytes are written. A kill_at of 0 prints each operation instead.
     """
 
     EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
@@ -185,7 +185,7 @@ class Operations:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self, module, name):
-        """Count within this function only."""
+        """Count operations only within this function."""
         function = getattr(module, name)
 
         def watched(*arguments):
@@ -225,7 +225,7 @@ class Operations:
 
 
 if __name__ == "__main__":
-    import numpy.ctypeslib  # noqa: F401 - a run would import it
+    import numpy.ctypeslib  # noqa: F401 - a run imports it
     import torch
     from PIL import Image
 
@@ -242,7 +242,7 @@ if __name__ == "__main__":
         "noise": (diffusion, "add_noise"),
     }  # fmt: skip
     SCRIPTS = {"train.py": (train.main, Settings), "lora.py": (lora.main, LoRASettings)}
-    # What a run imports on first use is imported here.
+    # Preload what a run would import on first use.
     wuerstchen = Path(sys.argv[1])
     models.load_text(wuerstchen, torch.float32)
     config_of_prior = dict(models.load_prior(wuerstchen).config)
@@ -254,7 +254,7 @@ if __name__ == "__main__":
     tasks = Path("/proc/self/task").iterdir()
     threads = {task.joinpath("comm").read_text().strip() for task in tasks}
     assert threads <= {"python", "python3", "jemalloc_bg_thd"}, "threads can't be forked safely"
-    gc.freeze()  # or each run would copy every page that its collector visits
+    gc.freeze()  # avoids copying pages that the collector visits
     request = serve()
     if request:
         become(request)

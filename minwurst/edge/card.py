@@ -5,8 +5,7 @@ import huggingface_hub
 from minwurst.base.settings import LoRASettings, Settings, facts_of, public
 from minwurst.edge import lora_file, models
 from minwurst.edge.decoders import FullDecoder
-
-BEFORE_AFTER = "before_after.png"  # the image of a run that a card shows
+from minwurst.edge.grids import BEFORE_AFTER
 
 CARD = """---
 {metadata}

@@ -9,6 +9,7 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+BEFORE_AFTER = "before_after.png"  # in a run's folder `validation`
 
 def grid(images, captions, title=None, columns=4):
     """One image of many, each with its caption below it."""

@@ -20,7 +20,8 @@ from huggingface_hub.errors import (
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.edge import export, lora_file, models, run_file
-from minwurst.edge.card import BEFORE_AFTER, card
+from minwurst.edge.card import card
+from minwurst.edge.grids import BEFORE_AFTER
 
 WAITS = (2, 10, 30, 60)  # seconds between tries
 

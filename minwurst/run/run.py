@@ -21,7 +21,7 @@ from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
 from minwurst.base.settings import LoRASettings, facts_of, public
 from minwurst.edge import files, models, push, run_file
-from minwurst.edge.card import BEFORE_AFTER
+from minwurst.edge.grids import BEFORE_AFTER
 from minwurst.run import checkpoint, estimate, trackers
 from minwurst.step import randomness
 from minwurst.step.distributed import on_main

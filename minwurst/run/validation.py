@@ -16,9 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from minwurst.base.console import gib, say
 from minwurst.base.ranks import rank, world_size
-from minwurst.edge.card import BEFORE_AFTER
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder
-from minwurst.edge.grids import grid, stack
+from minwurst.edge.grids import BEFORE_AFTER, grid, stack
 from minwurst.step import diffusion, distributed, randomness
 from minwurst.step.samples import batches
 
