@@ -33,7 +33,7 @@ from minwurst.step.samples import batches
 
 
 def main(settings):
-    # The run: it claims its folder and knows its seed and the checkpoint to resume from, if any.
+    # The run claims its folder and finds its seed (in settings.seed too) and its checkpoint, if any.
     rank, device = distributed.start()
     run = Run.open(settings, device)
 
@@ -41,7 +41,7 @@ def main(settings):
     table = dataset.find(settings)
     parts = models.find(settings)  # the folders of prior, text encoder, image encoder, decoder
     data = dataset.check_and_split(table, settings, run.seed)
-    run.identify(parts, data)  # refuses to resume another run; from here on there are run.steps
+    run.identify(parts, data)  # refuses to resume another run; sets run.steps and run.last_step
 
     # Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
     compute_types = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,8 +51,8 @@ def main(settings):
     torch.backends.cuda.matmul.allow_tf32 = settings.allow_tf32
     torch.backends.cudnn.allow_tf32 = settings.allow_tf32
 
-    # The frozen encoders turn batches into latents and a condition, at every step; or, with
-    # --cache_latents, everything is encoded here and then only read.
+    # The source of latents and conditions: the frozen encoders, which encode every batch, or with
+    # --cache_latents a cache that is filled here. It also holds the encoded validation prompts.
     source = open_source(run, data, compute_type)
 
     # ---- What is trained: in the target layers, W becomes W + (alpha/rank)·B·A. W is frozen in the
@@ -68,7 +68,7 @@ def main(settings):
 
     # What updates it; in a resumed run, from where the checkpoint left off. The schedule needs no
     # state: it follows from the number of updates, which are the steps that were not skipped.
-    AdamW = choose_adamw(settings.use_8bit_adam)  # torch's, or bitsandbytes'
+    AdamW = choose_adamw(settings.use_8bit_adam)  # torch's (fused), or bitsandbytes'
     optimizer = AdamW(
         trainable.values(), lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
@@ -80,7 +80,7 @@ def main(settings):
     schedule = learning_rates(
         optimizer, settings.lr_scheduler, settings.lr_warmup_steps, run.last_step, updates
     )
-    model = distributed.wrap_ddp(prior, device, autocast)  # the prior itself if there is one rank
+    model = distributed.wrap_ddp(prior, device, autocast)  # on one rank, the prior itself
 
     # Samples: one endless shuffled stream, of which every rank reads its own positions.
     samples = source.samples(data.rows, run.seed, settings.caption_dropout)
@@ -90,19 +90,19 @@ def main(settings):
     run.announce(prior, source)
     guard = FiniteGuard(fp16=scaler.is_enabled(), samples=samples, layout=run.layout)  # names rows
     log = open_log(run)
-    averaged = EvaluationModel(prior, ema, autocast)  # the unwrapped prior, with averaged weights
-    validate = Validation(run, data, source, averaged, log)
+    evaluated = EvaluationModel(prior, ema, autocast)  # without DDP; with averaged weights, if any
+    validate = Validation(run, data, source, evaluated, log)
     if not run.checkpoint:
         validate(0)  # how it was before training
-    accumulation, signal = settings.gradient_accumulation_steps, signals.NOTHING
-    signals.listen()  # until here, a signal simply ends the process
+    accumulation = settings.gradient_accumulation_steps
+    signal = signals.listen()  # none yet; until here, a signal simply ends the process
 
     # ================================================================================== the loop
     for step in run.steps:
         torch.manual_seed(randomness.dropout_seed(run.seed, step, rank))  # dropout in the network
         step_loss = 0.0
         for micro_step in range(accumulation):
-            batch = next(stream)
+            batch = next(stream)  # {"pixels", "captions"} or what is cached of them, "positions"
             latents, condition = source.encode(batch)      # (B, 16, h, w), {"text": (B, 77, D)}
 
             # Time (0 is clean, 1 is noise) and noise follow from the seed and a sample's position.

@@ -12,8 +12,8 @@ The network predicts the noise ε, not the clean latents (Ho, Jain, Abbeel 2020,
 eq. 14): ε has unit variance at every t, so one loss fits all times, and predicting zero costs
 exactly 1. Everything here is fp32: in bf16, t = 0.999 and t = 1 are the same number.
 
-To train another prediction, change `target` and `predicted_noise`: the loop, the held-out loss and
-the sampler use these.
+To train another prediction, change `target`, which the loop uses, and `predicted_noise`, which the
+held-out loss and the sampler use.
 """
 
 import math

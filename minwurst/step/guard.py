@@ -23,8 +23,8 @@ class FiniteGuard:
     def check(self, step, loss, norm):
         """(whether the update is made, the strongest signal), the same on all ranks.
 
-        loss, norm: this rank's, scalar tensors. Raises UserError to stop. This is the only
-        host–device synchronisation of a step.
+        loss, norm: this rank's, scalar tensors. Raises UserError to stop. Here the host waits for
+        the device, once per step.
         """
         flags = torch.stack([loss.isfinite(), norm.isfinite()]).float()
         flags = torch.cat([flags, flags.new_tensor([signals.pending()])])              # (3,)
