@@ -33,7 +33,7 @@ from minwurst.step.samples import batches
 
 
 def main(settings):
-    # The run claims its folder and finds its seed (in settings.seed too) and its checkpoint, if any.
+    # The run claims its folder and finds its seed (also settings.seed) and its checkpoint, if any.
     rank, device = distributed.start()
     run = Run.open(settings, device)
 
