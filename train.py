@@ -25,7 +25,7 @@ from minwurst.run.log import open_log
 from minwurst.run.run import Run
 from minwurst.run.state import State
 from minwurst.run.validation import EvaluationModel, Validation
-from minwurst.step import diffusion, distributed, randomness, signals
+from minwurst.step import diffusion, distributed, metrics, randomness, signals
 from minwurst.step.guard import FiniteGuard
 from minwurst.step.optimizer import EMA, NoEMA, choose_adamw, learning_rates
 from minwurst.step.samples import batches
@@ -33,7 +33,7 @@ from minwurst.step.samples import batches
 
 def main(settings):
     # The run claims its folder and finds its seed (also settings.seed) and its checkpoint, if any.
-    rank, device = distributed.start()
+    device = distributed.start()
     run = Run.open(settings, device)
 
     # Data and models are found, then every row is read once, before anything large is loaded.
@@ -78,7 +78,7 @@ def main(settings):
     model = distributed.wrap_ddp(prior, device, autocast)  # on one rank, the prior itself
 
     # Samples: one endless shuffled stream, of which every rank reads its own positions.
-    samples = source.samples(data.rows, run.seed, settings.caption_dropout)
+    samples = source.samples(data.rows, run.seed, settings.caption_dropout, data.skipped)
     stream = batches(samples, run.positions(), settings.dataloader_num_workers)
 
     # What watches: memory and disk before the first step, then non-finite numbers, log, validation.
@@ -87,14 +87,14 @@ def main(settings):
     log = open_log(run)
     evaluated = EvaluationModel(prior, ema, autocast)  # without DDP; with averaged weights, if any
     validate = Validation(run, data, source, evaluated, log)
-    if not run.checkpoint:
-        validate(0)  # how it was before training
+    validate.catch_up()  # before training, and what a kill prevented
+    objective = diffusion.Objective(**settings.objective_options())
     accumulation = settings.gradient_accumulation_steps
     signal = signals.listen()  # none yet; until here, a signal simply ends the process
 
     # ================================================================================== the loop
     for step in run.steps:
-        torch.manual_seed(randomness.dropout_seed(run.seed, step, rank))  # dropout in the network
+        torch.manual_seed(randomness.dropout_seed(run.seed, step, run.rank))  # network's dropout
         step_loss = 0.0
         for micro_step in range(accumulation):
             batch = next(stream)  # {"pixels", "captions"} or what is cached of them, "positions"
@@ -103,7 +103,7 @@ def main(settings):
             # Time (0 is clean, 1 is noise) and noise follow from the seed and a sample's position.
             positions = batch["positions"]                                       # B integers
             uniform = randomness.uniform(run.seed, positions, latents.device)                # (B,)
-            t = diffusion.timesteps(uniform, settings.timestep_sampling)                     # (B,)
+            t = objective.timesteps(uniform)                                                 # (B,)
             noise = randomness.noise_like(latents, run.seed, positions)            # (B, 16, h, w)
             noisy = diffusion.add_noise(latents, noise, t)                         # (B, 16, h, w)
             target = diffusion.target(latents, noise, t)         # the noise itself, (B, 16, h, w)
@@ -112,10 +112,11 @@ def main(settings):
                 with autocast:
                     predicted = model(noisy, t, **condition)                       # (B, 16, h, w)
                 error = (predicted.float() - target).square().mean(dim=(1, 2, 3))           # (B,)
-                weight = diffusion.loss_weight(t, settings.loss_weighting)                   # (B,)
+                weight = objective.loss_weight(t)                                            # (B,)
                 loss = (weight * error).mean() / accumulation
                 scaler.scale(loss).backward()
             step_loss += loss.detach()
+            metrics.by_time("loss", error, t)  # for the log, in each quarter of t
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), settings.max_grad_norm)
@@ -130,13 +131,11 @@ def main(settings):
             schedule.step()
             ema.update(updates)
 
-        stop = signal in signals.ENDING
-        if not stop:
-            validate(step)
         if signal or run.is_save_due(step):  # any signal asks for a checkpoint
             run.save(step, updates, state)
-        if stop:
+        if signal in signals.ENDING:
             break
+        validate(step)  # whatever goes wrong there, training is saved and continues
     # ============================================================================================
 
     log.close()

@@ -1,1 +1,10 @@
 """minwurst: fine-tune Würstchen v2's prior with a training loop that fits on one page."""
+
+import logging
+import os
+
+# Their warnings concern these libraries' own code, and would hide this project's lines. They read
+# the variables when they are imported.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

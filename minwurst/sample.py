@@ -95,7 +95,7 @@ def settings_of_run(path):
 
 def main(settings):
     """Generate and write the images, and print where they are."""
-    device = distributed.start()[1]
+    device = distributed.start()
     files.make_folder(Path(settings.output).parent, "output")
     known = settings_of_run(settings.lora or settings.prior)
 
@@ -130,7 +130,7 @@ def main(settings):
     )
     encoders.add_prompts(settings.prompt)
     encoders.unload()
-    prior = models.load_prior(prior_folder, compute_type).to(device)
+    prior = models.load_prior(prior_folder, compute_type, as_trained=not lora).to(device)
     if lora:
         lora_file.load(prior, lora)
     generator = EvaluationModel(prior, NoEMA(), autocast)

@@ -133,13 +133,14 @@ def autocast(compute_type):
 def our_pass(prior, latents, text, compute_type, position=0):
     """Forward and backward pass as in the training loop."""
     positions = range(position, position + len(latents))
-    t = to_device(diffusion.timesteps(randomness.uniform(1, positions), "uniform"), DEVICE)
+    objective = diffusion.Objective()
+    t = to_device(objective.timesteps(randomness.uniform(1, positions)), DEVICE)
     noise = to_device(randomness.noise(1, positions, latents.shape[1:]), DEVICE)
     noisy = diffusion.add_noise(latents, noise, t)
     with autocast(compute_type):
         predicted = prior(noisy, t, text)
     error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-    loss = (diffusion.loss_weight(t, "none") * error).mean()
+    loss = (objective.loss_weight(t) * error).mean()
     loss.backward()
     return loss.detach()
 

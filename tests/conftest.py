@@ -154,3 +154,10 @@ def relative(found, expected):
     """‖found − expected‖ / ‖expected‖ in fp64."""
     found, expected = found.detach().double(), expected.detach().double()
     return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def difference(found, expected):
+    """‖found − expected‖ / ‖expected‖ over all tensors of two dicts of the same names."""
+    assert found.keys() == expected.keys()
+    one, other = (torch.cat([part[n].flatten() for n in found]) for part in (found, expected))
+    return relative(one, other)

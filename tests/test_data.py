@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from minwurst.base.errors import UserError
 from minwurst.edge import dataset
+from minwurst.edge.good_rows import GoodRows
 from minwurst.step import images
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.samples import Samples, batches, captions_of
@@ -88,6 +90,11 @@ def test_exif_rotation_is_applied():
     assert open_image(png(wide, "JPEG", exif=exif)).size == (20, 40)
 
 
+def check_rows(rows, **options):
+    """dataset.check_rows with nothing known from earlier starts."""
+    return dataset.check_rows(rows, GoodRows(Path("nowhere.json"), rows), **options)
+
+
 def open_folder(folder, image="image", text="text"):
     return tiny.rows(train_data_dir=folder, image_column=image, caption_column=text)
 
@@ -122,7 +129,7 @@ def test_sources(table, tmp_path):
         assert [captions_of(row) for row in rows] == table["words"], name
         assert [open_image(row).getpixel((0, 0))[0] for row in rows] == [0, 1, 2, 3]
         assert rows["number"] == [0, 1, 2, 3]
-        assert len(dataset.check_rows(rows)[1]) == 16
+        assert len(check_rows(rows)[1]) == 16
 
 
 def test_fingerprint_follows_content_not_place(table, tmp_path):
@@ -130,7 +137,7 @@ def test_fingerprint_follows_content_not_place(table, tmp_path):
     table.save_to_disk(tmp_path / "two")
     table.select([1, 0, 2, 3]).save_to_disk(tmp_path / "other")
     prints = [
-        dataset.check_rows(named(tmp_path / name))[1]
+        check_rows(named(tmp_path / name))[1]
         for name in ("one", "two", "other")
     ]
     assert prints[0] == prints[1] != prints[2]
@@ -208,7 +215,7 @@ def test_unreadable_picture_names_row_and_file(tmp_path, content):
     rows = [{"file_name": "good.png", "text": "a"}, {"file_name": "bad.png", "text": "b"}]
     folder = folder_with(tmp_path, rows, good_png=GOOD, bad_png=content)
     with pytest.raises(UserError, match=r"Row 1 \(.*bad\.png\): can't read the image"):
-        dataset.check_rows(open_folder(folder))
+        check_rows(open_folder(folder))
 
 
 def test_enormous_picture_is_refused(monkeypatch):
@@ -225,14 +232,14 @@ def test_missing_caption_is_counted(tmp_path):
     ]
     folder = folder_with(tmp_path, rows, a_png=GOOD, b_png=GOOD, c_png=GOOD)
     with pytest.raises(UserError, match=r"Row 1: bad caption None.*1 more rows are bad"):
-        dataset.check_rows(open_folder(folder))
+        check_rows(open_folder(folder))
 
 
 def test_missing_picture_file(tmp_path):
     rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "gone.png", "text": "b"}]
     folder = folder_with(tmp_path, rows, a_png=GOOD)
     with pytest.raises(UserError, match=r"Row 1 \(.*gone\.png\): can't read the image"):
-        dataset.check_rows(open_folder(folder))
+        check_rows(open_folder(folder))
 
 
 def test_empty_and_missing_sources(tmp_path):
@@ -260,7 +267,7 @@ def test_worker_error_is_one_line(tmp_path):
     pairs = Samples(open_folder(folder), 32, seed=1)
     for workers in (0, 1):
         with pytest.raises(
-            UserError, match=r"\ARow 0 \(.*bad\.png\): can't read the image.*\Z"
+            UserError, match=r"\ARow 0 \(.*bad\.png\): can't read the image.*--skip_rows=0\Z"
         ) as raised:
             next(batches(pairs, [range(1)], workers))
         assert raised.value.one_rank  # so that the affected rank reports it
@@ -287,7 +294,7 @@ def test_bad_rows_are_left_out_on_request(tmp_path, capsys):
     rows = [{"file_name": f"{i}.png", "text": "" if i % 2 else f"text {i}"} for i in range(24)]
     files = {f"{i}_png": b"broken" if i == 4 else GOOD for i in range(24)}
     opened = open_folder(folder_with(tmp_path, rows, **files))
-    kept, fingerprint = dataset.check_rows(opened, skip_bad=True)
+    kept, fingerprint = check_rows(opened, skip_bad=True)
     assert kept["number"] == [0, 2, *range(6, 24, 2)]
     said = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1].split()[1] for line in said[:10]] == list("13457") + [
@@ -295,16 +302,16 @@ def test_bad_rows_are_left_out_on_request(tmp_path, capsys):
     ]  # fmt: skip
     assert said[10:] == ["skipped in total: 13 of 24 rows"]
     never_had = opened.select(kept["number"])
-    assert dataset.check_rows(never_had) == dataset.check_rows(never_had, skip_bad=True)
-    assert dataset.check_rows(never_had)[1] == fingerprint
+    assert check_rows(never_had) == check_rows(never_had, skip_bad=True)
+    assert check_rows(never_had)[1] == fingerprint
     with pytest.raises(UserError, match=r"Row 1: .*12 more rows are bad.*--skip_bad_samples"):
-        dataset.check_rows(opened)
+        check_rows(opened)
 
 
 def test_nothing_but_bad_rows_is_an_error(tmp_path):
     opened = open_folder(folder_with(tmp_path, [{"file_name": "a.png", "text": ""}], a_png=GOOD))
     with pytest.raises(UserError, match="Row 0: bad caption ''"):
-        dataset.check_rows(opened, skip_bad=True)
+        check_rows(opened, skip_bad=True)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 60000), (60000, 2), (33, 31)], ids=str)
@@ -323,4 +330,4 @@ def test_a_decompression_bomb_is_one_line(tmp_path):
     rows = [{"file_name": "bomb.png", "text": "a"}]
     opened = open_folder(folder_with(tmp_path, rows, bomb_png=bomb))
     with pytest.raises(UserError, match=r"\ARow 0 \(.*bomb\.png\): .*decompression bomb.*\Z"):
-        dataset.check_rows(opened)
+        check_rows(opened)

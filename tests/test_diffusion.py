@@ -1,5 +1,6 @@
 """The diffusion formulas against DDPMWuerstchenScheduler and against their definitions."""
 
+import functools
 import math
 import sys
 
@@ -68,20 +69,60 @@ def test_sampling_equals_the_pipeline(wuerstchen, guidance):
     assert relative(found, expected) < 1e-5
 
 
-def test_p2_is_one_over_one_plus_snr():
+def weight(t, weighting, **options):
+    return diffusion.Objective(loss_weighting=weighting, **options).loss_weight(t)
+
+
+def test_loss_weights_by_their_definitions():
     alpha_bar = diffusion.alpha_bar(TIMES)
     snr = alpha_bar / (1 - alpha_bar)
-    torch.testing.assert_close(diffusion.loss_weight(TIMES, "p2"), 1 / (1 + snr), rtol=1e-4, atol=0)
-    assert diffusion.loss_weight(TIMES, "none").eq(1).all()
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=0)
+    assert weight(TIMES, "none").eq(1).all()
+    close(weight(TIMES, "p2"), 1 / (1 + snr))
+    for gamma in (1.0, 5.0, 20.0):
+        minimum = torch.minimum(snr, torch.full_like(snr, gamma))
+        close(weight(TIMES, "min_snr", snr_gamma=gamma), minimum / snr)
+        close(weight(TIMES, "soft_min_snr", snr_gamma=gamma), 1 / (1 + snr / gamma))
+    close(weight(TIMES, "soft_min_snr", snr_gamma=1.0), weight(TIMES, "p2"))
+
+
+@pytest.mark.parametrize(
+    ("weighting", "expected"),
+    [
+        ("p2", [0.002, 0.028, 0.153, 0.506, 0.856, 0.999]),
+        ("min_snr", [0.009, 0.144, 0.903, 1, 1, 1]),
+        ("soft_min_snr", [0.009, 0.126, 0.475, 0.837, 0.967, 1]),
+    ],
+)
+def test_loss_weights_at_some_times(weighting, expected):
+    t = torch.tensor([0.02, 0.1, 0.25, 0.5, 0.75, 0.98])
+    assert weight(t, weighting).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def times(uniform, sampling, **options):
+    return diffusion.Objective(timestep_sampling=sampling, **options).timesteps(uniform)
 
 
 def test_timestep_sampling():
     uniform = torch.tensor([0.0, 0.5, 0.99999])
-    assert torch.equal(diffusion.timesteps(uniform, "uniform"), uniform)
-    found = diffusion.timesteps(uniform, "wuerstchen")
+    assert torch.equal(times(uniform, "uniform"), uniform)
+    found = times(uniform, "wuerstchen")
     assert found.tolist() == pytest.approx([1.0, 0.541, 0.001011], abs=1e-5)
-    many = diffusion.timesteps(torch.rand(20000), "wuerstchen")
+    many = times(torch.rand(20000), "wuerstchen")
     assert (many == 1).float().mean().item() == pytest.approx(1 - 0.999 / 1.08, abs=0.01)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7)])
+def test_logit_normal_times_have_a_normal_logit(mean, std):
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    t = times(uniform, "logit_normal", logit_mean=mean, logit_std=std)
+    logit = t.double().logit()
+    assert logit.mean().item() == pytest.approx(mean, abs=1e-3)
+    assert logit.std().item() == pytest.approx(std, rel=1e-3)
+    cumulative = torch.distributions.Normal(mean, std).cdf(logit)
+    torch.testing.assert_close(cumulative, uniform.double(), rtol=0, atol=1e-5)
+    edges = times(torch.tensor([0.0, 1 - 2**-24]), "logit_normal")
+    assert edges[0] == 0 and 0.99 < edges[1] < 1
 
 
 def test_scaling_is_inverted():

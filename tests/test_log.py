@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from minwurst.base.settings import Settings, parse
 from minwurst.edge import run_file
 from minwurst.run import trackers
 from minwurst.run.log import Log
+from minwurst.step import diffusion, metrics
+from minwurst.step.metrics import QUARTERS
+from minwurst.step.prior import WuerstchenPrior
+from minwurst.step.samples import BatchLayout
 from tests.conftest import ROOT, command, flags, train_here
 
 pytestmark = pytest.mark.slow
@@ -41,8 +46,8 @@ def test_tensorboard_holds_numbers_and_pictures(all_trackers):
     log.Reload()
     assert set(log.Tags()["scalars"]) == {
         "loss", "learning_rate", "gradient_norm", "pictures_per_second", "memory_gib",
-        "validation_loss", "validation_loss/t_0.00_0.25", "validation_loss/t_0.25_0.50",
-        "validation_loss/t_0.50_0.75", "validation_loss/t_0.75_1.00",
+        "validation_loss",
+        *(f"{name}/{quarter}" for name in ("loss", "validation_loss") for quarter in QUARTERS),
     }  # fmt: skip
     assert [event.step for event in log.Scalars("loss")] == [2, 4]
     assert [event.step for event in log.Scalars("validation_loss")] == [0, 2, 4]
@@ -154,6 +159,14 @@ def test_the_commit_of_the_code_is_known(tmp_path):
         assert len(run_file.git_commit(ROOT / "minwurst").split()[0]) == 40
 
 
+def two_steps():
+    """What a log needs of a Run."""
+    return types.SimpleNamespace(
+        step=0, last_step=2, is_due=lambda step, every: True,
+        settings=Settings(), layout=BatchLayout(1, 1, 1),
+    )  # fmt: skip
+
+
 def test_a_tracker_that_fails_is_left_out(capsys):
     class Broken(trackers.TensorBoard):
         def __init__(self):
@@ -171,7 +184,7 @@ def test_a_tracker_that_fails_is_left_out(capsys):
         def close(self):
             self.got.append("closed")
 
-    log = Log([Broken(), Whole()], every=1, steps=range(1, 3), global_batch=1)
+    log = Log([Broken(), Whole()], two_steps())
     for step in (1, 2):
         log.step(step, torch.tensor(1.0), torch.tensor(1.0), 0.1)
     log.close()
@@ -181,7 +194,7 @@ def test_a_tracker_that_fails_is_left_out(capsys):
 
 
 def test_time_spent_on_validation_is_no_training_time():
-    log = Log([], every=1, steps=range(1, 2), global_batch=1)
+    log = Log([], two_steps())
     before = log.start
     with log.paused():
         start = time.perf_counter()
@@ -211,8 +224,10 @@ def test_a_tracker_that_does_not_start_is_left_out(tmp_path, monkeypatch, capsys
         raise RuntimeError("the server is down")
 
     monkeypatch.setattr(trackers.WandB, "__init__", down)
-    opened = trackers.open_trackers("all", tmp_path, 1, "project", "0", {})
-    assert [type(tracker) for tracker in opened] == [trackers.TensorBoard]
+    run = two_steps()
+    run.settings.report_to, run.folder, run.checkpoint, run.id = "all", tmp_path, None, "0"
+    opened = trackers.open_trackers(run)
+    assert [type(tracker) for tracker in opened] == [trackers.JsonLines, trackers.TensorBoard]
     assert "WandB did not start and is dropped: the server is down" in capsys.readouterr().out
 
 
@@ -225,6 +240,77 @@ def test_a_resumed_run_hides_what_came_after_its_checkpoint(tmp_path):
     assert [event.step for event in told] == [5]
 
 
-def test_no_tracker_at_all(wuerstchen, tmp_path):
-    train_here(wuerstchen, tmp_path, max_train_steps=1)
-    assert not (tmp_path / "logs").exists()
+def entries(folder):
+    return [json.loads(line) for line in (folder / "logs/log.jsonl").read_text().splitlines()]
+
+
+def test_log_jsonl_is_always_written_and_follows_a_resumed_run(wuerstchen, tmp_path):
+    settings = {"checkpointing_steps": 1, "logging_steps": 1, "validation_split": 0.1}
+    train_here(wuerstchen, tmp_path, **settings, validation_steps=2)
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["log.jsonl"]
+    whole = entries(tmp_path)
+    assert [entry["step"] for entry in whole] == [0, 1, 2, 2, 3, 4, 4]
+    assert ["validation_loss" in entry for entry in whole] == [1, 0, 0, 1, 0, 0, 1]
+    with open(tmp_path / "logs/log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # cut off by a kill
+    back = {"resume_from_checkpoint": "checkpoint-2"}
+    train_here(wuerstchen, tmp_path, **settings, validation_steps=2, **back)
+    again = entries(tmp_path)
+    assert [entry["step"] for entry in again] == [0, 1, 2, 2, 2, 3, 4, 4]
+    losses = [[e["loss"] for e in found if "loss" in e] for found in (whole, again)]
+    assert losses[0] == losses[1]
+
+
+def test_any_place_may_report_a_metric(wuerstchen, tmp_path, monkeypatch, capsys):
+    """One line in a fork, here in the network. What is reported in validation is not counted."""
+    forward, norms = WuerstchenPrior.forward, []
+
+    def fork(self, x, t, text):
+        norm = text.norm(dim=-1)
+        metrics.report("text_norm", norm)
+        if self.training:
+            norms.append(norm)
+        return forward(self, x, t, text)
+
+    monkeypatch.setattr(WuerstchenPrior, "forward", fork)
+    train_here(
+        wuerstchen, tmp_path, logging_steps=3, gradient_accumulation_steps=2,
+        validation_split=0.1, validation_steps=1,
+    )  # fmt: skip
+    norms = [norm.mean().item() for norm in norms[-8:]]  # without the memory estimate's
+    found = [entry["text_norm"] for entry in entries(tmp_path) if "text_norm" in entry]
+    assert found == pytest.approx([sum(norms[:6]) / 6, sum(norms[6:]) / 2], rel=1e-6)
+    assert f"  text_norm {found[-1]:.4g}\n" in capsys.readouterr().out
+
+
+def test_loss_by_quarter_of_the_times(wuerstchen, tmp_path, monkeypatch):
+    """Against the plain errors, collected where they are reported, weighted or not."""
+    seen, by_time = [], metrics.by_time
+
+    def keep(name, error, t):
+        seen.append((error.detach(), t))
+        by_time(name, error, t)
+
+    monkeypatch.setattr(metrics, "by_time", keep)
+    train_here(wuerstchen, tmp_path, train_batch_size=16, loss_weighting="p2", logging_steps=4)
+    error, t = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    (entry,) = entries(tmp_path)
+    for quarter, name in enumerate(QUARTERS):
+        inside = (t >= quarter / 4) & (t < (quarter + 1) / 4)
+        assert entry[f"loss/{name}"] == pytest.approx(error[inside].mean().item(), rel=1e-5)
+    assert entry["loss"] == pytest.approx(
+        (error * diffusion.Objective("p2").loss_weight(t)).mean().item(), rel=1e-5
+    )
+
+
+def test_metrics_are_joined_over_ranks(warm, still_wuerstchen, tmp_path):
+    """Two ranks of two images each log what one rank of four logs."""
+    settings = {"logging_steps": 2, "train_batch_size": 4}
+    train_here(still_wuerstchen, tmp_path / "one", **settings)
+    words = flags(still_wuerstchen, tmp_path / "two", **{**settings, "train_batch_size": 2})
+    results = [run.wait() for run in warm.start_ranks(2, "train.py", words)]
+    assert [code for code, _ in results] == [0, 0], results
+    for one, two in zip(*(entries(tmp_path / name) for name in ("one", "two")), strict=True):
+        names = [name for name in one if name.startswith("loss")]
+        assert one.keys() == two.keys() and len(names) > 3
+        assert [one[name] for name in names] == pytest.approx([two[name] for name in names], 1e-4)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,9 +13,10 @@ from minwurst.run import checkpoint
 from minwurst.step import adapter, diffusion, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import open_image, preprocess
-from tests import tiny
+from tests import plain, tiny
 from tests.conftest import (
     assert_bitwise_equal,
+    difference,
     flags,
     relative,
     saved,
@@ -70,6 +72,29 @@ def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     trained = error(prior, wuerstchen)
     adapter.set_scale(prior, 0)
     assert trained < 0.95 * error(prior, wuerstchen)
+
+
+@pytest.mark.parametrize("objective", [{}, plain.AUTHORS], ids=["default", "authors"])
+def test_equals_a_plain_loop_with_peft(still_wuerstchen, tmp_path, objective):
+    """Adapters and their average after 4 steps, from the same initial weights."""
+    settings = {**plain.FLAGS, **objective, "lora_alpha": 8}
+    out = train_here(still_wuerstchen, tmp_path, "lora.py", **settings)
+    torch.manual_seed(7)
+    start = adapter.add_adapters(models.load_prior(still_wuerstchen), 4, 8.0, ["attention"])
+    prior = plain.Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False)
+    layers = ["to_q", "to_k", "to_v", "to_out.0"]
+    prior.train().add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    trained = {
+        name.replace(".default.weight", ""): weight
+        for name, weight in prior.named_parameters()
+        if weight.requires_grad
+    }
+    for name, weight in trained.items():
+        weight.data.copy_(start[name].data)
+    average = plain.train(prior, list(trained.values()), still_wuerstchen, objective)
+    average = dict(zip(trained, average, strict=True))
+    assert difference(weights(out / "checkpoint-4"), trained) < 1e-6
+    assert difference(load_file(out / "checkpoint-4" / "ema.safetensors"), average) < 1e-6
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

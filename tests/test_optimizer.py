@@ -1,12 +1,17 @@
 """Optimizer state by name, the learning rate schedule, the moving average."""
 
 import math
+import shutil
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
+import train
+from minwurst.base.errors import UserError
 from minwurst.run import state
 from minwurst.step.optimizer import EMA, choose_adamw, learning_rates
+from tests.conftest import assert_bitwise_equal, saved, train_here
 
 
 def toy(seed=0):
@@ -88,17 +93,18 @@ def test_schedule_goes_on_where_it_was(name):
     assert rates(name, 7, 5) == whole[7:]
 
 
-def test_ema_follows_its_equation():
+@pytest.mark.parametrize("decay", [0.9999, 0.3, 0.0])
+def test_ema_equals_diffusers(decay):
+    """diffusers' EMAModel with its defaults, whose first update copies the weights."""
     _, trainable = toy()
-    ema = EMA(trainable, decay=0.5)
-    average = {name: weight.detach().clone() for name, weight in trainable.items()}
-    for update, decay in ((1, 2 / 11), (2, 3 / 12), (40, 0.5)):
+    ema, theirs = EMA(trainable, decay), EMAModel(trainable.values(), decay=decay)
+    for update in range(1, 13):
         for weight in trainable.values():
             weight.data.add_(torch.randn_like(weight))
         ema.update(update)
-        for name, weight in trainable.items():
-            average[name] = decay * average[name] + (1 - decay) * weight.detach()
-            torch.testing.assert_close(ema.average[name], average[name])
+        theirs.step(trainable.values())
+        for average, expected in zip(ema.average.values(), theirs.shadow_params, strict=True):
+            torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_ema_changes_places_and_back():
@@ -116,7 +122,70 @@ def test_ema_changes_places_and_back():
     assert all(torch.equal(ema.average[name], average[name]) for name in average)
 
 
-def test_copy_into_wants_the_same_names():
-    _, trainable = toy()
-    with pytest.raises(AssertionError, match="1.bias"):
-        state.copy_into(trainable, {n: w for n, w in trainable.items() if n != "1.bias"})
+def changed(tensors, **replaced):
+    return {**{name: tensor.clone() for name, tensor in tensors.items()}, **replaced}
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "said"),
+    [
+        ("weights", {"0.bias": torch.zeros(7)}, r"weights.safetensors .* 0.bias \[7\], for \[8\]"),
+        ("weights", {"2.bias": torch.zeros(7)}, "weights.safetensors .* 2.bias"),
+        ("optimizer", {"0.weight.exp_avg": torch.zeros(2, 8)}, "optimizer.safetensors .*exp_avg"),
+        ("optimizer", {"9.weight.exp_avg": torch.zeros(8, 4)}, "optimizer.safetensors .* 9.weight"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(group, change, said):
+    model, trainable = toy()
+    optimizer = make_adamw(trainable)
+    step(model, optimizer, 1)
+    held = state.State(weights=trainable, optimizer=optimizer)
+    tensors, numbers = held.collect()
+    tensors = {name: changed(part) for name, part in tensors.items()}
+    tensors[group].update(change)
+    step(model, optimizer, 2)
+    before = changed(held.collect()[0]["weights"]), changed(held.collect()[0]["optimizer"])
+    with pytest.raises(UserError, match=said):
+        held.restore(tensors, numbers)
+    after = held.collect()[0]["weights"], held.collect()[0]["optimizer"]
+    for one, other in zip(before, after, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    del tensors["weights"]["1.bias"], tensors[group]
+    with pytest.raises(UserError, match="weights.safetensors does not fit this model"):
+        held.restore(tensors, numbers)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two parameter groups: Muon for matrices, AdamW for the rest."""
+
+    def __init__(self, weights, lr):
+        weights = list(weights)
+        groups = [
+            {"params": [w for w in weights if w.dim() == 2], "matrices": True},
+            {"params": [w for w in weights if w.dim() != 2], "matrices": False},
+        ]
+        super().__init__(groups, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            kind = torch.optim.Muon if group["matrices"] else torch.optim.AdamW
+            inner = kind(group["params"], lr=group["lr"])
+            inner.state = self.state  # shared, so that it is saved with this optimizer
+            for weight in group["params"]:
+                self.state.setdefault(weight, {})
+            inner.step()
+
+
+def test_two_groups_resume_bit_for_bit(wuerstchen, tmp_path, monkeypatch):
+    """A fork's optimizer in train.py: the order of groups is not the order of parameters."""
+    monkeypatch.setattr(
+        train, "choose_adamw", lambda _: lambda weights, lr, **_: MuonAndAdamW(weights, lr)
+    )
+    settings = {"checkpointing_steps": 2, "lr_scheduler": "cosine", "lr_warmup_steps": 1}
+    whole = train_here(wuerstchen, tmp_path / "whole", **settings)
+    parts = {"max_train_steps": 4, "resume_from_checkpoint": "latest", "lr_warmup_steps": 1}
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    train_here(wuerstchen, tmp_path / "parts", **{**settings, **parts})
+    assert_bitwise_equal(whole / "checkpoint-4", tmp_path / "parts" / "checkpoint-4")
+    keys = {name.rsplit(".", 1)[1] for name in saved(whole / "checkpoint-4") if "optimizer" in name}
+    assert keys == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}

@@ -70,12 +70,33 @@ def test_help_has_every_setting(capsys):
         ("--seed=-5", "--seed is -5; it must be at least 0"),
         ("--learning_rate=nan", "--learning_rate is nan"),
         ("--caption_dropout=1.5", "--caption_dropout is 1.5; it must be between 0 and 1"),
-        ("--max_grad_norm=0", "--max_grad_norm must be above 0"),
+        ("--max_grad_norm=0", "--max_grad_norm is 0.0; it must be above 0"),
+        ("--max_grad_norm=-inf", "--max_grad_norm is -inf; it must be a finite number"),
+        ("--learning_rate=inf", "--learning_rate is inf; it must be a finite number"),
+        ("--snr_gamma=5", "--snr_gamma is only read with --loss_weighting=min_snr"),
+        ("--logit_std=2", "--logit_std is only read with --timestep_sampling=logit_normal"),
+        ("--skip_steps=0", "--skip_steps is 0; it must be at least 1"),
     ],
 )
 def test_impossible_values(flag, said):
     with pytest.raises(UserError, match=said):
         parse(Settings, [*DATA, flag])
+
+
+def test_the_objectives_defaults_are_filled_in():
+    words = [*DATA, "--loss_weighting=soft_min_snr", "--timestep_sampling=logit_normal"]
+    assert parse(Settings, words).objective_options() == {
+        "loss_weighting": "soft_min_snr", "snr_gamma": 5.0,
+        "timestep_sampling": "logit_normal", "logit_mean": 0.0, "logit_std": 1.0,
+    }  # fmt: skip
+    assert parse(Settings, [*words, "--snr_gamma=1", "--logit_mean=-0.5"]).logit_mean == -0.5
+    assert parse(Settings, DATA).snr_gamma is None
+    parse(Settings, [*DATA, "--max_grad_norm=inf"])
+
+
+def test_repeated_numbers_add_up():
+    words = [*DATA, "--skip_steps", "3", "4", "--skip_steps=9"]
+    assert parse(Settings, words).skip_steps == [3, 4, 9]
 
 
 def test_eight_bit_adam_names_its_package(monkeypatch):

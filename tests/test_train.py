@@ -16,14 +16,15 @@ from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import models
 from minwurst.run import checkpoint
-from minwurst.step import diffusion, randomness
+from minwurst.step import diffusion, metrics, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.samples import Samples
-from tests import tiny
+from tests import plain, tiny
 from tests.conftest import (
     assert_bitwise_equal,
     command,
+    difference,
     flags,
     free_port,
     relative,
@@ -32,8 +33,6 @@ from tests.conftest import (
     torchrun,
     train_here,
 )  # fmt: skip
-
-Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
 
 
 def losses(printed):
@@ -84,53 +83,19 @@ def test_the_loss_falls_and_captions_matter(wuerstchen, tmp_path, capsys):
     assert others > 1.3 * own
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [{}, {"loss_weighting": "p2", "timestep_sampling": "wuerstchen", "caption_dropout": 0.5}],
-)
+@pytest.mark.parametrize("objective", [{}, plain.AUTHORS], ids=["default", "authors"])
 def test_equals_a_plain_loop(still_wuerstchen, tmp_path, objective):
-    """Weights after 4 steps, against a loop built from diffusers' and torch's components."""
-    out = train_here(
-        still_wuerstchen, tmp_path, lr_scheduler="cosine", lr_warmup_steps=2,
-        adam_weight_decay=0.01, max_grad_norm=0.05, gradient_accumulation_steps=2,
-        train_batch_size=2, **objective,
-    )  # fmt: skip
-
-    rows = tiny.rows()
-    encoder = models.load_image_encoder(still_wuerstchen / "image_encoder")
-    tokenizer, text_encoder = models.load_text(still_wuerstchen, torch.float32)
-    prior = Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False).train()
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-3, weight_decay=0.01, fused=False)
-    schedule = diffusers.optimization.get_cosine_schedule_with_warmup(optimizer, 2, 4)
-    scheduler = diffusers.DDPMWuerstchenScheduler()
-    for step in range(4):
-        positions = range(4 * step, 4 * step + 4)
-        samples = [rows[randomness.row_at(7, position, len(rows))] for position in positions]
-        share = objective.get("caption_dropout", 0.0)
-        captions = [
-            randomness.caption(7, position, [row["text"]], share)
-            for position, row in zip(positions, samples, strict=True)
-        ]
-        pixels = torch.stack([preprocess(open_image(row), 64) for row in samples])
-        tokens = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt")
-        with torch.no_grad():
-            text = text_encoder(**tokens).last_hidden_state
-            latents = encoder(pixels).add(1.0).div(42.0)
-        t = randomness.uniform(7, positions)
-        noise = randomness.noise(7, positions, latents.shape[1:])
-        weight = torch.ones(4)
-        if objective:
-            t = ((1 - t) * 1.08 + 0.001).clamp(0.001, 1.0)
-            weight = 1 - scheduler._alpha_cumprod(t, t.device)
-        predicted = prior(scheduler.add_noise(latents, noise, t), t, text)
-        squares = torch.nn.functional.mse_loss(predicted, noise, reduction="none")
-        (squares.mean(dim=(1, 2, 3)) * weight).mean().backward()
-        torch.nn.utils.clip_grad_norm_(prior.parameters(), 0.05)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-    assert_close_weights(weights(out / "checkpoint-4"), dict(prior.named_parameters()), 1e-5)
+    """Weights and their average after 4 steps."""
+    out = train_here(still_wuerstchen, tmp_path, **plain.FLAGS, **objective)
+    prior = plain.Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False)
+    trained = dict(prior.train().named_parameters())
+    average = plain.train(prior, list(trained.values()), still_wuerstchen, objective)
+    assert_close_weights(weights(out / "checkpoint-4"), trained, 1e-5)
+    found = load_file(out / "checkpoint-4" / "ema.safetensors")
+    average = dict(zip(trained, average, strict=True))
+    assert_close_weights(found, average, 1e-5)
+    assert difference(found, average) < 1e-6
+    assert difference(weights(out / "checkpoint-4"), trained) < 1e-6
 
 
 EVERYTHING = {
@@ -375,6 +340,7 @@ def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
         "gradient_norm",
         "pictures_per_second",
         "memory_gib",
+        *(f"loss/{quarter}" for quarter in metrics.QUARTERS),
     }
     assert [event.step for event in log.Scalars("loss")] == [2, 4, 6, 8]  # step 6 only once
     assert all(event.value == pytest.approx(1e-3) for event in log.Scalars("learning_rate"))
@@ -383,11 +349,11 @@ def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
 def test_result_is_the_average_in_the_hubs_layout(wuerstchen, tmp_path):
     """prior_pipeline/ contains the EMA weights and loads in diffusers as the README describes."""
     out = train_here(wuerstchen, tmp_path, use_ema=True, max_train_steps=6) / "prior_pipeline"
-    prior = Reference.from_pretrained(out, subfolder="prior", low_cpu_mem_usage=False)
+    prior = plain.Reference.from_pretrained(out, subfolder="prior", low_cpu_mem_usage=False)
     average = load_file(tmp_path / "checkpoint-6" / "ema.safetensors")
     assert all(torch.equal(prior.state_dict()[name], average[name]) for name in average)
-    plain = weights(tmp_path / "checkpoint-6")
-    assert not torch.equal(plain["out.1.weight"], average["out.1.weight"])
+    last = weights(tmp_path / "checkpoint-6")
+    assert not torch.equal(last["out.1.weight"], average["out.1.weight"])
     for part in ("text_encoder", "tokenizer"):  # byte-identical to the base model
         for file in (wuerstchen / part).iterdir():
             assert (out / part / file.name).read_bytes() == file.read_bytes()
@@ -404,7 +370,7 @@ def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
     pipeline = diffusers.WuerstchenPriorPipeline(
         tokenizer=CLIPTokenizerFast.from_pretrained(out / "tokenizer"),
         text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder"),
-        prior=Reference.from_pretrained(out / "prior", low_cpu_mem_usage=False),
+        prior=plain.Reference.from_pretrained(out / "prior", low_cpu_mem_usage=False),
         scheduler=diffusers.DDPMWuerstchenScheduler.from_pretrained(out / "scheduler"),
     )
     old = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 38)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -29,9 +30,9 @@ def shown(monkeypatch):
     """The arguments of GenerateImages.show: a list of (step, [latents of each prompt])."""
     seen, show = [], validation.GenerateImages.show
 
-    def keep(self, step, latents):
-        seen.append((step, latents))
-        show(self, step, latents)
+    def keep(self, step, parts):
+        seen.append((step, [parts[0][n] for n in range(len(parts[0]))]))
+        show(self, step, parts)
 
     monkeypatch.setattr(validation.GenerateImages, "show", keep)
     return seen
@@ -274,5 +275,81 @@ def test_the_model_is_put_back():
 def test_pictures_that_can_not_be_written_stop_nothing(wuerstchen, tmp_path, capsys):
     (tmp_path / "validation").write_text("a file where the folder should be")
     train_here(wuerstchen, tmp_path, **looking(wuerstchen, max_train_steps=1))
-    assert "step-000001.png was not written: " in capsys.readouterr().out
+    assert re.search(
+        r"validation at step 1 failed, training continues: .*exists.*/validation'",
+        capsys.readouterr().out,
+    )
     assert (tmp_path / "prior_pipeline").is_dir()
+
+
+# ---- What goes wrong in a validation costs no training.
+
+
+@pytest.fixture(scope="module")
+def unharmed(warm, wuerstchen, tmp_path_factory):
+    """A run on two ranks that validates at steps 0, 2 and 4."""
+    folder = tmp_path_factory.mktemp("unharmed") / "run"
+    words = flags(wuerstchen, folder, **every_second(wuerstchen))
+    for run in warm.start_ranks(2, "train.py", words):
+        code, printed = run.wait()
+        assert code == 0, printed
+    return folder
+
+
+def every_second(wuerstchen):
+    looks = looking(wuerstchen, validation_steps=2, train_batch_size=2)
+    return {**looks, "validation_split": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "place"), [(1, "measure"), (0, "decode"), (0, "measure")])
+def test_an_error_on_one_rank_skips_the_validation(
+    warm, wuerstchen, unharmed, tmp_path, rank, place
+):
+    words = flags(wuerstchen, tmp_path, **every_second(wuerstchen))
+    faults = [[place, 2, "raise"]]
+    (code, printed), (other, _) = (
+        run.wait() for run in warm.start_ranks(2, "train.py", words, faults, faulty=rank)
+    )
+    assert code == other == 0, printed
+    said = "validation at step 2 failed, training continues: RuntimeError: injected"
+    assert [line for line in printed.splitlines() if "failed" in line] == [said]
+    images = sorted(path.name for path in (tmp_path / "validation").glob("step-*"))
+    assert images == ["step-000000.png", "step-000004.png"]
+    assert_bitwise_equal(unharmed / "checkpoint-4", tmp_path / "checkpoint-4")
+    last = "validation/step-000004.png"
+    assert (unharmed / last).read_bytes() == (tmp_path / last).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [2, 3], ids=["in the middle", "at the last step"])
+def test_a_kill_between_saving_and_validating(warm, wuerstchen, tmp_path, call):
+    """What was due is caught up on by the next start, also where no steps are left."""
+    looks = {"checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
+    looks = {**every_second(wuerstchen), **looks}
+    step = 2 * (call - 1)
+    assert warm.run("train.py", flags(wuerstchen, tmp_path / "whole", **looks))[0] == 0
+    words = flags(wuerstchen, tmp_path / "run", **looks)
+    code, printed = warm.run("train.py", words, faults=[["validate", call, signal.SIGKILL]])
+    image = tmp_path / f"run/validation/step-{step:06}.png"
+    assert code == -signal.SIGKILL and (tmp_path / f"run/checkpoint-{step}").is_dir(), printed
+    assert not image.exists()
+    code, printed = warm.run("train.py", words)
+    assert code == 0, printed
+    whole = tmp_path / "whole"
+    assert image.read_bytes() == (whole / "validation" / image.name).read_bytes()
+    assert_bitwise_equal(whole / "checkpoint-4", tmp_path / "run/checkpoint-4")
+    validated = re.findall(r"images: .*step-(\d+)", printed)
+    assert validated == [f"{n:06}" for n in range(step, 6, 2)]
+    code, printed = warm.run("train.py", words)  # everything is done
+    assert code == 0 and "step-" not in printed
+
+
+def test_a_new_run_in_the_folder_forgets_what_was_validated(wuerstchen, tmp_path, capsys):
+    looks = {"validation_split": 0.1, "max_train_steps": 2, "validation_steps": 1}
+    train_here(wuerstchen, tmp_path, **looks)
+    assert (tmp_path / "validation/last_step").read_text() == "2\n"
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    capsys.readouterr()
+    train_here(wuerstchen, tmp_path, **looks)
+    assert list(held_out_losses(capsys.readouterr().out)) == [0, 1, 2]

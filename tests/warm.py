@@ -60,15 +60,16 @@ class Warm:
         pid = self.ask(script=script, words=words, variables=variables, **how)
         return Run(self, pid, Path(log))
 
-    def start_ranks(self, ranks, script, words, faults=(), **options):
-        """Start a run on several ranks without torchrun; the last rank gets the faults."""
+    def start_ranks(self, ranks, script, words, faults=(), faulty=-1, **options):
+        """Start a run on several ranks without torchrun; rank `faulty`, the last, gets the faults.
+        """
         with socket.socket() as opened:
             opened.bind(("127.0.0.1", 0))
             port = opened.getsockname()[1]
         place = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         return [
             self.start(
-                script, words, faults if rank == ranks - 1 else (), **options,
+                script, words, faults if rank == faulty % ranks else (), **options,
                 **{name: str(value) for name, value in place.items()},
                 RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
             )
@@ -132,7 +133,8 @@ def send(place, call, *numbers):
     """Send signals to the whole session when PLACES[place] is called for the call-th time.
 
     A separate process sends them, as in real use: workers distinguish signals from their trainer
-    from others. Instead of a signal, "nan" turns the function's result into NaN.
+    from others. Instead of a signal, "nan" turns the function's result into NaN, and "raise"
+    raises an error.
     """
     module, name = PLACES[place]
     function, calls = getattr(module, name), []
@@ -143,6 +145,8 @@ def send(place, call, *numbers):
         if len(calls) == call:
             if numbers == ("nan",):
                 return function(*arguments, **options) * float("nan")
+            if numbers == ("raise",):
+                raise RuntimeError("injected")
             for number in numbers:
                 kill = f"kill -{number} -{os.getpgrp()}"
                 subprocess.run(["bash", "-c", kill], start_new_session=True)
@@ -232,14 +236,16 @@ if __name__ == "__main__":
     import lora
     import train
     from minwurst.base.settings import LoRASettings, Settings, from_command_line
-    from minwurst.edge import export, lora_file, models, push, run_file
-    from minwurst.run import checkpoint, estimate
+    from minwurst.edge import decoders, export, lora_file, models, push, run_file
+    from minwurst.run import checkpoint, estimate, validation
     from minwurst.step import diffusion, distributed, randomness
 
     PLACES = {
         "load": (models, "load_prior"), "step": (randomness, "dropout_seed"),
         "save": (checkpoint, "separate"), "export": (export, "write_parts"),
-        "noise": (diffusion, "add_noise"),
+        "noise": (diffusion, "add_noise"), "validate": (validation.Validation, "validate"),
+        "measure": (validation.GenerateImages, "measure"),
+        "decode": (decoders.FullDecoder, "__call__"),
     }  # fmt: skip
     SCRIPTS = {"train.py": (train.main, Settings), "lora.py": (lora.main, LoRASettings)}
     # Preload what a run would import on first use.

@@ -1,11 +1,12 @@
 """UserError: a mistake the user can fix, reported in one line instead of a traceback."""
 
 import os
+import shlex
 import sys
 import time
 import traceback
 
-from minwurst.base.ranks import world_size
+from minwurst.base.ranks import local_world_size, world_size
 
 
 class UserError(Exception):
@@ -15,6 +16,13 @@ class UserError(Exception):
         """one_rank: True where only this rank met the error, so that it has to report it."""
         super().__init__(message)
         self.one_rank = one_rank
+
+
+def command_with(*words):
+    """This run's own command with more words, as it is to be typed."""
+    ranks = local_world_size()
+    launcher = f"torchrun --nproc_per_node={ranks}" if world_size() > 1 else "python"
+    return f"{launcher} {shlex.join([*sys.argv, *words])}"
 
 
 def exit_with(error):

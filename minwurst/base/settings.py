@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import sys
 
@@ -27,8 +28,8 @@ def section(title):
     def setting(default, help, **facts):
         """A field with its flag's help text and its facts (see the top of this file).
 
-        Further facts: at_least, at_most, below (limits of the value), aliases (other names of the
-        flag), choices and nargs (as in argparse).
+        Further facts: at_least, at_most, above, below (limits of the value), infinite (it may be),
+        aliases (other names of the flag), choices and nargs (as in argparse).
         """
         metadata = {"section": title, "help": help, **facts}
         return dataclasses.field(default=default, repr=not facts.get("secret"), metadata=metadata)
@@ -110,6 +111,18 @@ class Settings:
     max_train_samples: int = data(
         None, "Train on a random subset of this many rows.", at_least=1, in_card=True
     )
+    skip_rows: list = data(
+        None,
+        "Numbers of rows to leave out in a run that has started: another row takes each of their "
+        "places, and every other sample stays where it is.",
+        nargs="+", type=int, at_least=0, may_change=True, in_card=True,
+    )  # fmt: skip
+    recheck_data: bool = data(
+        False,
+        "Read every image and cached latent at the start, instead of trusting those that were good "
+        "before and whose size and time of modification are the same.",
+        may_change="silently",
+    )
     skip_bad_samples: bool = data(
         False,
         "Skip rows with an unreadable image or a bad caption, and list them, instead of stopping.",
@@ -161,18 +174,34 @@ class Settings:
         may_change=True,
     )
 
+    skip_steps: list = length(
+        None,
+        "Numbers of steps that are not run. Every other step sees the same samples as before.",
+        nargs="+", type=int, at_least=1, may_change=True, in_card=True,
+    )  # fmt: skip
+
     loss_weighting: str = objective(
         "none",
-        "Weight of a sample's squared error: none, or p2 = 1/(1+SNR), which the authors used.",
-        choices=("none", "p2"),
+        "Weight of a sample's squared error: none; p2 = 1/(1+SNR), which the authors used; "
+        "min_snr = min(SNR, γ)/SNR; or soft_min_snr = 1/(1+SNR/γ).",
+        choices=("none", "p2", "min_snr", "soft_min_snr"),
         in_card=True,
+    )
+    snr_gamma: float = objective(
+        None, "γ of min_snr and soft_min_snr. Default: 5.", above=0, in_card=True
     )
     timestep_sampling: str = objective(
         "uniform",
-        "Distribution of the timestep t: uniform over [0, 1), or the authors' wuerstchen, "
-        "t = 1.08·(1−U) + 0.001, at most 1.",
-        choices=("uniform", "wuerstchen"),
+        "Distribution of the timestep t: uniform over [0, 1); the authors' wuerstchen, "
+        "t = 1.08·(1−U) + 0.001, at most 1; or logit_normal, the sigmoid of a normal number.",
+        choices=("uniform", "wuerstchen", "logit_normal"),
         in_card=True,
+    )
+    logit_mean: float = objective(
+        None, "Mean of logit_normal; above 0 there is more noise. Default: 0.", in_card=True
+    )
+    logit_std: float = objective(
+        None, "Standard deviation of logit_normal. Default: 1.", above=0, in_card=True
     )
 
     learning_rate: float = optimizer(
@@ -207,6 +236,8 @@ class Settings:
     max_grad_norm: float = optimizer(
         1.0,
         "Maximum gradient norm for clipping; inf disables clipping.",
+        above=0,
+        infinite=True,
         may_change=True,
         in_card=True,
     )
@@ -337,6 +368,7 @@ class Settings:
     def check(self):
         """Raise UserError for values that no run can use."""
         check_limits(self)
+        self.complete_objective()
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
             raise UserError("--learning_rate must be above 1e-7, where polynomial schedules end.")
         if self.resolution < 32 or self.resolution % 32:
@@ -345,8 +377,6 @@ class Settings:
                 f"--resolution is {self.resolution}; it must be a multiple of 32, the stride of "
                 f"the image encoder: try {near}."
             )
-        if not self.max_grad_norm > 0:
-            raise UserError("--max_grad_norm must be above 0; `inf` disables clipping.")
         if self.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
             raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
         if self.report_to == "wandb" and not importlib.util.find_spec("wandb"):
@@ -357,6 +387,25 @@ class Settings:
                 "--train_data_dir (folder of images with metadata.jsonl). --demo brings its own."
             )
 
+    def complete_objective(self):
+        """Fill in what the objective reads; UserError for a value that it does not read."""
+        weighted = "min_snr" in self.loss_weighting
+        normal = self.timestep_sampling == "logit_normal"
+        for name, default, is_read, reader in (
+            ("snr_gamma", 5.0, weighted, "--loss_weighting=min_snr or soft_min_snr"),
+            ("logit_mean", 0.0, normal, "--timestep_sampling=logit_normal"),
+            ("logit_std", 1.0, normal, "--timestep_sampling=logit_normal"),
+        ):
+            if is_read and getattr(self, name) is None:
+                setattr(self, name, default)
+            elif not is_read and getattr(self, name) is not None:
+                raise UserError(f"--{name} is only read with {reader}: give both, or neither.")
+
+    def objective_options(self):
+        """The keyword arguments of `diffusion.Objective`."""
+        names = "loss_weighting", "snr_gamma", "timestep_sampling", "logit_mean", "logit_std"
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclasses.dataclass
 class LoRASettings(Settings):
@@ -365,7 +414,10 @@ class LoRASettings(Settings):
     rank: int = adapter(4, "Rank of the adapters: A is (rank, in), B is (out, rank).",
                         at_least=1, in_card=True)  # fmt: skip
     lora_alpha: float = adapter(
-        None, "The update of a weight is alpha/rank · B·A. Default: alpha = rank.", in_card=True
+        None,
+        "The update of a weight is alpha/rank · B·A. Default: alpha = rank.",
+        above=0,
+        in_card=True,
     )
     lora_dropout: float = adapter(
         0.0, "Dropout on the input of A.", at_least=0, below=1, in_card=True
@@ -382,8 +434,6 @@ class LoRASettings(Settings):
 
     def check(self):
         super().check()
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise UserError(f"--lora_alpha is {self.lora_alpha}; it must be above 0.")
         if self.lora_weights and not os.path.exists(self.lora_weights):
             raise UserError(f"--lora_weights {self.lora_weights}: no such file.")
 
@@ -397,19 +447,26 @@ class LoRASettings(Settings):
 def check_limits(settings):
     """Raise UserError for a value outside its field's limits, or text that is not UTF-8."""
     for field in dataclasses.fields(settings):
-        name, value, facts = field.name, getattr(settings, field.name), field.metadata
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and text != text.encode(errors="ignore").decode():
-                raise UserError(f"--{name} contains bytes that are not valid UTF-8.")
-        if value is None or isinstance(value, str | list | tuple):
-            continue
-        least, most, below = (facts.get(limit) for limit in ("at_least", "at_most", "below"))
-        if most is not None and not least <= value <= most:
-            raise UserError(f"--{name} is {value}; it must be between {least} and {most}.")
-        if least is not None and not value >= least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}.")
-        if below is not None and not value < below:
-            raise UserError(f"--{name} is {value}; it must be below {below}.")
+        value = getattr(settings, field.name)
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, str) and one != one.encode(errors="ignore").decode():
+                raise UserError(f"--{field.name} contains bytes that are not valid UTF-8.")
+            if isinstance(one, int | float):
+                check_number(field.name, one, field.metadata)
+
+
+def check_number(name, value, facts):
+    least, most, above, below = (facts.get(n) for n in ("at_least", "at_most", "above", "below"))
+    if not math.isfinite(value) and not (facts.get("infinite") and value > 0):
+        raise UserError(f"--{name} is {value}; it must be a finite number.")
+    if most is not None and not least <= value <= most:
+        raise UserError(f"--{name} is {value}; it must be between {least} and {most}.")
+    if least is not None and not value >= least:
+        raise UserError(f"--{name} is {value}; it must be at least {least}.")
+    if above is not None and not value > above:
+        raise UserError(f"--{name} is {value}; it must be above {above}.")
+    if below is not None and not value < below:
+        raise UserError(f"--{name} is {value}; it must be below {below}.")
 
 
 def parse(kind, words=None, demo: dict | None = None):
@@ -428,6 +485,8 @@ def parse(kind, words=None, demo: dict | None = None):
         if field.type is bool:
             options["action"] = "store_true"
         else:
+            if field.type is list and facts.get("type") is int:
+                options["action"] = "extend"  # the command that an error prints adds a number
             options["type"] = facts.get("type", str if field.type is list else field.type)
         help = facts["help"].replace("%", "%%")
         if field.type is not bool and field.default is not None:
@@ -472,6 +531,15 @@ def public(settings):
         field.name: list(value) if isinstance(value, tuple) else value
         for field in dataclasses.fields(settings)
         for value in [getattr(settings, field.name)]
+        if not field.metadata.get("secret")
+    }
+
+
+def defaults_of(kind):
+    """{name: default} of all settings that may be written to a file."""
+    return {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in dataclasses.fields(kind)
         if not field.metadata.get("secret")
     }
 

@@ -6,9 +6,10 @@
 
 All rows' latents and the conditions of all distinct captions, including the empty one, are stored
 in safetensors files of SHARD entries each, in a folder named after everything that they depend on.
-A file is written completely or not at all and carries the SHA-256 of its numbers, which is checked
-at every start: a missing, truncated or changed file is encoded again, and an interrupted run
-continues where it was. The files are memory-mapped, so they take no memory that others need.
+A file is written completely or not at all and carries the SHA-256 of its numbers. At the start, a
+missing or truncated file is encoded again, and an interrupted run continues where it was; the
+numbers are checked when a file is first read. The files are memory-mapped, so they take no memory
+that others need.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ class ShardedTensors:
     def __getitem__(self, number):
         start = number - number % SHARD
         if start not in self.opened:
-            self.opened[start] = load_file(self.file(start))
+            self.opened[start] = self.read(start)
         return {name: tensor[number % SHARD] for name, tensor in self.opened[start].items()}
 
     def file(self, start):
@@ -74,22 +75,45 @@ class ShardedTensors:
         """The number of entries in this file."""
         return min(SHARD, self.count - start)
 
-    def is_intact(self, start):
-        """Whether a file exists and contains what was written."""
+    def read(self, start):
+        """A file's tensors; UserError if they are not what was written, and then it is deleted."""
+        try:
+            if self.is_intact(start):
+                return load_file(self.file(start))
+            self.file(start).unlink()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.file(start)} can't be read: {error}", one_rank=True) from None
+        raise UserError(
+            f"{self.file(start)} has changed since it was written, and is deleted. Resume to "
+            "encode it again.",
+            one_rank=True,
+        )
+
+    def is_whole(self, start):
+        """Whether a file has its full length and number of entries."""
         try:
             with safe_open(self.file(start), "pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                expected = opened.metadata()["sha256"]
-        except (OSError, SafetensorError, KeyError, TypeError):
+                slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
+                return {part.get_shape()[0] for part in slices} == {self.length(start)}
+        except (OSError, SafetensorError, IndexError):
             return False
-        lengths = {len(tensor) for tensor in tensors.values()}
-        return lengths == {self.length(start)} and digest(tensors) == expected
 
-    def missing(self):
-        """The starts of all files that are not intact. Ranks share the work and get the same."""
+    def is_intact(self, start):
+        """Whether a file also contains the numbers that were written."""
+        if not self.is_whole(start):
+            return False
+        with safe_open(self.file(start), "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return digest(tensors) == (opened.metadata() or {}).get("sha256")
+
+    def missing(self, recheck=False):
+        """The starts of all files that are not whole. Ranks share the work and get the same.
+
+        recheck: also of those whose numbers have changed.
+        """
         starts = range(0, self.count, SHARD)[rank() :: world_size()]
         with ThreadPoolExecutor(dataset.threads()) as pool:
-            results = pool.map(self.is_intact, starts)
+            results = pool.map(self.is_intact if recheck else self.is_whole, starts)
             results = progress(results, f"checking {self.kind}", total=len(starts))
             mine = [start for start, intact in zip(starts, results, strict=True) if not intact]
         return sorted(start for part in distributed.gather_objects(mine) for start in part)
@@ -138,16 +162,16 @@ class EncodedRows:
         self.side, self.compute_type = encoders.side, encoders.compute_type
         self.device, self.prompts = encoders.device, encoders.prompts
         self.captions, self.rows = {"": 0}, {}
-        for row in rows.select_columns(["text", "number"]):
-            self.rows[row["number"]] = len(self.rows)
-            for caption in captions_of(row):
+        for number, text in zip(rows["number"][:], rows["text"][:], strict=True):
+            self.rows[number] = len(self.rows)
+            for caption in captions_of({"number": number, "text": text}):
                 self.captions.setdefault(caption, len(self.captions))
         self.latents = ShardedTensors(folder, "latents", len(self.rows))
         self.text = ShardedTensors(folder, "text", len(self.captions))
 
-    def samples(self, rows, seed, caption_dropout=0.0):
+    def samples(self, rows, seed, caption_dropout=0.0, skipped=()):
         """The stream of these rows' samples, to read with `batches`."""
-        return EncodedSamples(rows, self.side, seed, caption_dropout, encoded=self)
+        return EncodedSamples(rows, self.side, seed, caption_dropout, skipped, encoded=self)
 
     def encode(self, batch):
         """(latents, condition) of a batch, on the device."""
@@ -162,8 +186,8 @@ class EncodedRows:
 class EncodedSamples(Samples):
     """Samples with latents and a condition in place of pixels and a caption."""
 
-    def __init__(self, rows, side, seed, caption_dropout=0.0, *, encoded):
-        super().__init__(rows, side, seed, caption_dropout)
+    def __init__(self, rows, side, seed, caption_dropout=0.0, skipped=(), *, encoded):
+        super().__init__(rows, side, seed, caption_dropout, skipped)
         self.encoded, self.texts = encoded, rows.select_columns(["text", "number"])
 
     def __getitem__(self, position):
@@ -196,22 +220,25 @@ def open_source(run, data, compute_type):
     encoders.add_prompts(settings.validation_prompts or [])
     if not settings.cache_latents:
         return encoders
+    facts = {"skipped": sorted(data.skipped)} if data.skipped else {}
     folder = folder_for(
         dataset.cache_folder(settings), data=data.fingerprint, encoders=run.identity["encoders"],
-        resolution=side, text_type=str(compute_type),
+        resolution=side, text_type=str(compute_type), **facts,
     )  # fmt: skip
     entry_bytes = models.encoded_bytes(run.parts, side, compute_type)
-    return encode_all(folder, data.every, encoders, settings.dataloader_num_workers, entry_bytes)
+    workers, recheck = settings.dataloader_num_workers, settings.recheck_data
+    return encode_all(folder, data.every, encoders, workers, entry_bytes, recheck)
 
 
-def encode_all(folder, rows, encoders, workers=0, entry_bytes=(0, 0)):
+def encode_all(folder, rows, encoders, workers=0, entry_bytes=(0, 0), recheck=False):
     """The EncodedRows in `folder`. Whatever is missing is encoded, shared by the ranks.
 
     rows: all rows that will be asked for, checked. encoders: unloaded afterwards; an encoder that
     is not needed is not even loaded. entry_bytes: of one image's latents and one condition.
     """
     encoded = EncodedRows(folder, rows, encoders)
-    missing = [(encoded.latents, encoded.latents.missing()), (encoded.text, encoded.text.missing())]
+    kinds = encoded.latents, encoded.text
+    missing = [(tensors, tensors.missing(recheck)) for tensors in kinds]
     distributed.on_main(announce, folder, missing, entry_bytes)
     captions = list(encoded.captions)
 

@@ -64,6 +64,9 @@ times = stage_c.DEFAULT_STAGE_C_TIMESTEPS
 latents = prior(prompt, {side}, {side}, timesteps=times, guidance_scale=4.0).image_embeddings
 decoder(latents, prompt).images[0].save("picture.png")"""
 
+NO_SNIPPET = """# It predicts {prediction_type}, which diffusers can't sample. With minwurst:
+# python -m minwurst.sample --prompt "a bear" --{kind} {repository}"""
+
 LORA_LINE = """{advice}# The next line needs PEFT: pip install peft
 prior.load_lora_weights("{repository}", weight_name="{file}")
 """
@@ -99,7 +102,9 @@ def card(run, repository, files):
         images=f"![before and after training]({BEFORE_AFTER})\n\nPrompts: {listed}"
         if BEFORE_AFTER in files
         else "",
-        snippet=snippet(repository, run, prompts[0], is_lora),
+        snippet=snippet(repository, run, prompts[0], is_lora)
+        if run["prediction_type"] == "epsilon"
+        else NO_SNIPPET.format(kind="lora" if is_lora else "prior", repository=repository, **run),
         settings="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
         global_batch=run["identity"]["global_batch"],
         steps=run["steps"],

@@ -19,9 +19,10 @@ import huggingface_hub
 import pyarrow.compute as pc
 
 from minwurst.base.console import progress, say
-from minwurst.base.errors import UserError
+from minwurst.base.errors import UserError, command_with
 from minwurst.base.ranks import is_main, local_world_size, rank, world_size
 from minwurst.edge import files
+from minwurst.edge.good_rows import GoodRows
 from minwurst.step import distributed, randomness
 from minwurst.step.images import open_image
 from minwurst.step.samples import captions_of
@@ -31,28 +32,44 @@ from minwurst.step.samples import captions_of
 class CaptionedImages:
     """Rows {"image": {"bytes", "path"}, "text", "number"}, all of them checked.
 
-    rows: to train on. held_out: to validate on. every: both, in their original order. fingerprint:
-    16 hex digits that change with the content of any row.
+    rows: to train on; those of --skip_rows keep their places, but are never read. held_out: to
+    validate on. every: both, in their original order. skipped: numbers of the rows of --skip_rows.
+    fingerprint: 16 hex digits that change with the content of any row.
     """
 
     rows: datasets.Dataset
     held_out: datasets.Dataset
     every: datasets.Dataset
+    skipped: frozenset
     fingerprint: str
 
 
 def check_and_split(table, settings, seed):
     """Check every row, and hold some out. All ranks must call it, and get the same."""
-    every, known_good = sample_rows(table, settings.max_train_samples, seed), None
-    if settings.cache_latents:
-        known_good = cache_folder(settings) / "good_rows.txt"
-    every, fingerprint = check_rows(every, settings.skip_bad_samples, known_good)
+    good = GoodRows(cache_folder(settings) / "good_rows.json", table)
+    every = sample_rows(table, settings.max_train_samples, seed)
+    skipped = frozenset(settings.skip_rows or ())
+    every, fingerprint = check_rows(
+        every, good, skip_bad=settings.skip_bad_samples, recheck=settings.recheck_data,
+        skipped=skipped,
+    )  # fmt: skip
     rows, held_out = hold_out(every, settings.validation_split, seed)
-    return CaptionedImages(rows, held_out, every, fingerprint)
+    if not len(without(rows, skipped)):
+        raise UserError(f"--skip_rows leaves none of the {len(rows)} rows to train on.")
+    every, held_out = without(every, skipped), without(held_out, skipped)
+    return CaptionedImages(rows, held_out, every, skipped, fingerprint)
+
+
+def without(rows, skipped):
+    """The rows whose numbers are not in `skipped`."""
+    if not skipped:
+        return rows
+    numbers = enumerate(rows["number"][:])
+    return rows.select([index for index, number in numbers if number not in skipped])
 
 
 def cache_folder(settings):
-    """Where --cache_latents writes; created if missing."""
+    """Where good rows are listed and --cache_latents writes; created if missing."""
     folder = settings.cache_dir or settings.output_dir
     return distributed.on_main(files.make_folder, folder, "cache_dir")
 
@@ -165,32 +182,35 @@ def threads():
     return max(1, (os.cpu_count() or 1) // local_world_size())
 
 
-def check_rows(rows, skip_bad=False, known_good=None):
+def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()):
     """Read every caption and decode every image once. Returns (good rows, their fingerprint).
 
     Ranks share the work, and so do the threads of a rank. A bad row is a UserError on all ranks;
-    with skip_bad it is reported and skipped. known_good: a file with the digests of rows that were
-    good before; these are read again, but not decoded.
+    with skip_bad it is reported and skipped. good: a GoodRows, whose rows are not read again unless
+    `recheck`. skipped: numbers of rows that may be bad or gone; they count with the digest that
+    they had before.
     """
-    known = set(known_good.read_text().split()) if known_good and known_good.is_file() else set()
 
-    def check_row(number):
-        """(error or None, digest of the row) of one row."""
-        row = rows[number]
+    def check_row(index):
+        """(error or None, digest of the row or None) of one row."""
+        number = numbers[index]
+        digest = good.last_digest(number) if number in skipped else None
+        if digest is None and not recheck:
+            digest = good.digest(number)
+        if digest is not None:
+            return None, digest
+        row = rows[index]
         try:
             captions = captions_of(row)
-            stored = row["image"] or {}
-            file = Path(stored.get("path") or "")
-            content = hashlib.sha256(
-                stored.get("bytes") or (file.read_bytes() if file.is_file() else b"")
-            )
-            content.update("\0".join(captions).encode())
-            if content.hexdigest() not in known:
+            if number not in skipped:
                 open_image(row)
-        except UserError as error:
-            return str(error), ""
-        return None, content.hexdigest()
+            return None, digest_of(row, captions)
+        except (UserError, OSError) as error:
+            return (None, "") if number in skipped else (str(error), "")
 
+    numbers = rows["number"][:]
+    for number in sorted(skipped.difference(numbers)):
+        raise UserError(f"--skip_rows {number}: there is no such row, of {len(rows)}.")
     mine = range(rank(), len(rows), world_size())
     with ThreadPoolExecutor(threads()) as pool:
         results = progress(pool.map(check_row, mine), "checking the data", total=len(mine))
@@ -198,19 +218,31 @@ def check_rows(rows, skip_bad=False, known_good=None):
     everyone = {}
     for part in distributed.gather_objects(checked):
         everyone |= part
-    errors = [everyone[number][0] for number in range(len(rows)) if everyone[number][0]]
+    errors = [everyone[index][0] for index in range(len(rows)) if everyone[index][0]]
     if errors and (not skip_bad or len(errors) == len(rows)):
         more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
+        bad = [numbers[index] for index in range(len(rows)) if everyone[index][0]]
         advice = "" if skip_bad else " Skip bad rows with --skip_bad_samples."
+        if all(good.last_digest(number) for number in bad):
+            words = "--resume_from_checkpoint=latest", *(f"--skip_rows={number}" for number in bad)
+            advice = " It was good before. To put other rows in its places: "
+            advice += command_with(*words)
         raise UserError(errors[0] + more + advice)
+    if is_main():
+        good.add({numbers[index]: digest for index, (_, digest) in everyone.items() if digest})
     if errors:
-        good = [number for number in range(len(rows)) if not everyone[number][0]]
         for line in errors[:10]:
             say(f"skipped: {line}")
         say(f"skipped in total: {len(errors)} of {len(rows)} rows")
-        rows = rows.select(good)
-    digests = [everyone[number][1] for number in sorted(everyone) if everyone[number][1]]
-    if known_good and is_main() and not known.issuperset(digests):
-        with files.replacing(known_good) as draft:
-            draft.write_text("\n".join(known.union(digests)))
+        rows = rows.select([index for index in range(len(rows)) if not everyone[index][0]])
+    digests = [everyone[index][1] for index in sorted(everyone) if everyone[index][1]]
     return rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def digest_of(row, captions):
+    """The SHA-256 of a row's image file and captions."""
+    stored = row["image"] or {}
+    content = stored.get("bytes") or Path(stored["path"]).read_bytes()
+    content = hashlib.sha256(content)
+    content.update("\0".join(captions).encode())
+    return content.hexdigest()

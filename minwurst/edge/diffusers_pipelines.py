@@ -15,8 +15,10 @@ import diffusers
 import torch
 import transformers
 
+from minwurst.base.errors import UserError
 from minwurst.edge import lora_file, models
-from minwurst.step import adapter
+from minwurst.step import adapter, diffusion
+from minwurst.step.prior import WuerstchenPrior
 
 PRIOR, DECODER = diffusers.WuerstchenPriorPipeline, diffusers.WuerstchenDecoderPipeline
 
@@ -50,7 +52,14 @@ def load_model(kind, folder, dtype):
 
 
 def prior_pipeline(folder, text_folder, dtype=torch.float32, lora=None, lora_scale=1.0):
-    """diffusers' pipeline of the prior, from a prompt to latents. lora: merged, if given."""
+    """diffusers' pipeline of the prior, from a prompt to latents. lora: merged, if given.
+
+    Its scheduler only samples priors that predict ε.
+    """
+    config = models.load_part(WuerstchenPrior.load_config, models.prior_folder(folder))
+    predicts = diffusion.PREDICTION if lora else config.get("prediction_type", "epsilon")
+    if predicts != "epsilon":
+        raise UserError(f"{lora or folder} predicts {predicts}: use python -m minwurst.sample.")
     reference = class_beside(PRIOR, "WuerstchenPrior")
     prior = load_model(reference, models.prior_folder(folder), dtype)
     if lora:

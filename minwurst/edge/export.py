@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from minwurst.base.errors import UserError
 from minwurst.edge.files import replacing
 from minwurst.edge.models import PATTERNS
+from minwurst.step import diffusion
 
 FOLDER = "prior_pipeline"
 PARTS = ("prior", "text_encoder", "tokenizer", "scheduler")
@@ -36,9 +37,16 @@ def save_pipeline(prior, folder, text_folder):
     return Path(folder)
 
 
+def save_prior(prior, folder):
+    """Write the prior, with what it predicts in its config if that is not ε."""
+    if diffusion.PREDICTION != "epsilon":
+        prior.register_to_config(prediction_type=diffusion.PREDICTION)
+    prior.save_pretrained(folder)
+
+
 def write_parts(folder, prior, text_folder):
     """The parts and their index, in a folder that does not exist yet."""
-    prior.save_pretrained(folder / "prior")
+    save_prior(prior, folder / "prior")
     for part in ("text_encoder", "tokenizer"):
         (folder / part).mkdir()
         for pattern in PATTERNS:

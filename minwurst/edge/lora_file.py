@@ -19,6 +19,8 @@ from torch import nn
 
 from minwurst.base.errors import UserError
 from minwurst.edge.files import replacing
+from minwurst.edge.models import check_prediction
+from minwurst.step import diffusion
 from minwurst.step.adapter import adapters, add_adapter
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -43,7 +45,10 @@ def save(prior, file):
     """Write the adapters to a file, and return its path; UserError if that fails."""
     try:
         with replacing(file) as draft:
-            save_file(state_dict(prior), draft, metadata={"format": "pt"})
+            metadata = {"format": "pt"}
+            if diffusion.PREDICTION != "epsilon":
+                metadata["prediction_type"] = diffusion.PREDICTION
+            save_file(state_dict(prior), draft, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{file} was not written: {error}. The last checkpoint is intact."
@@ -69,6 +74,7 @@ def read(file):
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"LoRA {file} can't be read: {error}") from None
+    check_prediction(metadata.get("prediction_type", "epsilon"), f"LoRA {file}")
 
     factors = {}
     for key, tensor in tensors.items():

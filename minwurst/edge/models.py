@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from minwurst.base.errors import UserError
 from minwurst.edge.files import describe
+from minwurst.step import diffusion
 from minwurst.step.encoders import Encoders
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.prior import WuerstchenPrior
@@ -208,22 +209,41 @@ def load_weights(kind, folder, **options):
     model, report = kind.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, **options
     )
+    new = getattr(kind, "NEW_LAYERS", ())
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # Older CLIP files also hold position numbers, which are not weights.
         keys = [key for key in report[problem] if not str(key).endswith("position_ids")]
+        keys = [key for key in keys if problem != "missing_keys" or not key.startswith(new)]
         if keys:
             names = ", ".join(str(key) for key in keys[:3])
             raise ValueError(f"its weights have {problem.replace('_', ' ')}: {names}")
     return model
 
 
-def load_prior(folder, dtype=torch.float32):
-    """The prior in `dtype`, from its own folder or the one that contains `prior/`."""
+def load_prior(folder, dtype=torch.float32, as_trained=False):
+    """The prior in `dtype`, from its own folder or the one that contains `prior/`.
+
+    A prior that does not say what it predicts predicts ε. Fine-tuning may turn it into another,
+    but as_trained, to sample with it, it has to be what diffusion.py samples.
+    """
+    folder = prior_folder(folder)
+    default = "epsilon" if as_trained else diffusion.PREDICTION
+    config = load_part(WuerstchenPrior.load_config, folder)
+    check_prediction(config.get("prediction_type", default), folder)
 
     def load(place):
         return load_weights(WuerstchenPrior, place, low_cpu_mem_usage=False, torch_dtype=dtype)
 
-    return load_part(load, prior_folder(folder))
+    return load_part(load, folder)
+
+
+def check_prediction(found, where):
+    """UserError if a network was trained to predict something else than step/diffusion.py."""
+    if found != diffusion.PREDICTION:
+        raise UserError(
+            f"{where} predicts {found}, and step/diffusion.py {diffusion.PREDICTION}. Use the "
+            "version of this project that it was trained with."
+        )
 
 
 def load_text(folder, dtype):

@@ -14,6 +14,7 @@ from minwurst.base.errors import UserError
 from minwurst.base.ranks import world_size
 from minwurst.base.settings import public
 from minwurst.edge.files import replacing
+from minwurst.step import diffusion
 
 FILE = "run.json"
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
@@ -49,7 +50,8 @@ def write(run):
         "settings": settings,
         "identity": run.identity,
         "published": publishable_names(settings, run.parts.prior_alone),
-        "steps": max(run.last_step, run.steps.start - 1),
+        "steps": max(run.last_step, run.step),
+        "prediction_type": diffusion.PREDICTION,
         "starts": [*before.get("starts", []), start],
     }
     with replacing(file) as draft:
@@ -61,7 +63,8 @@ def read(folder):
     """The content of a run's run.json; UserError if there is none."""
     try:
         run = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return {key: run[key] for key in ("settings", "identity", "published", "steps", "starts")}
+        found = {key: run[key] for key in ("settings", "identity", "published", "steps", "starts")}
+        return {**found, "prediction_type": run.get("prediction_type", "epsilon")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not the --output_dir of a run: can't read its {FILE} ({error!r})."

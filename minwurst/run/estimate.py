@@ -17,6 +17,7 @@ from minwurst.base.console import gib, say
 from minwurst.base.errors import UserError
 from minwurst.base.settings import LoRASettings
 from minwurst.edge.decoders import size_of
+from minwurst.step import metrics
 from minwurst.step.adapter import add_adapters
 from minwurst.step.distributed import on_main
 from minwurst.step.prior import WuerstchenPrior
@@ -41,7 +42,8 @@ def activations(
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        with FakeTensorMode(), default_type(compute_type if adapt else torch.float32):
+        trained_type = compute_type if adapt else torch.float32
+        with metrics.ignored(), FakeTensorMode(), default_type(trained_type):
             prior = kind(**{**config, "depth": depth})
             if adapt:
                 adapt(prior)
@@ -100,10 +102,10 @@ def announce(run, prior, source):
     settings, layout, steps = run.settings, run.layout, run.steps
     total = sum(weight.numel() for weight in prior.parameters())
     trained = sum(weight.numel() for weight in prior.parameters() if weight.requires_grad)
-    epochs = (steps.stop - 1) * layout.global_batch / run.rows
+    epochs = run.last_step * layout.global_batch / run.rows
     say(
-        f"{run.rows} rows, {layout.global_batch} images per step, steps {steps.start} to "
-        f"{steps.stop - 1} ({epochs:.1f} epochs in total)"
+        f"{run.rows} rows, {layout.global_batch} images per step, steps {run.step + 1} to "
+        f"{run.last_step} ({epochs:.1f} epochs in total)"
     )
     common = {
         "compute_type": source.compute_type,

@@ -1,7 +1,9 @@
-"""The log of a run: numbers and images to the console and the trackers.
+"""The log of a run: numbers and images to the console, to log.jsonl and to the trackers.
 
     log = open_log(run)
     log.step(step, loss, norm, learning_rate)
+
+A further number is one line where it arises: `metrics.report` (step/metrics.py).
 """
 
 import contextlib
@@ -12,64 +14,64 @@ import time
 import torch
 
 from minwurst.base.console import progress, say
-from minwurst.base.settings import public
 from minwurst.run.trackers import open_trackers
-from minwurst.step import distributed
+from minwurst.step import metrics
 
 
 def open_log(run):
     """The Log of a Run, with the trackers that its settings name."""
-    settings, folder = run.settings, run.folder / run.settings.logging_dir
-    trackers = open_trackers(
-        settings.report_to, folder, run.steps.start, settings.tracker_project_name, run.id,
-        public(settings),
-    )  # fmt: skip
-    return Log(trackers, settings.logging_steps, run.steps, run.layout.global_batch)
+    return Log(open_trackers(run), run)
 
 
 class Log:
     """All ranks must call its methods.
 
-    Every --logging_steps it has the loss, learning rate, gradient norm, images per second and
-    memory. The loss is the mean over these steps and over ranks; it is summed on the device and
-    read only when it is due. Trackers are a list, which may be empty, and one that fails is
-    dropped.
+    Every --logging_steps it has the loss, learning rate, gradient norm, images per second, memory,
+    and whatever was reported to `metrics`. Means are over these steps and over ranks; they are
+    summed on the device and read only when an entry is due. Trackers are a list, which may be
+    empty, and one that fails is dropped.
     """
 
-    def __init__(self, trackers, every, steps, global_batch):
-        """every: steps between entries. steps: the range to run. global_batch: images per step."""
-        self.trackers, self.every = trackers, every
-        self.last_step, self.global_batch = steps.stop - 1, global_batch
-        self.loss, self.last_entry, self.start = 0.0, steps.start - 1, time.perf_counter()
-        self.bar = progress(None, "steps", initial=self.last_entry, total=self.last_step)
+    def __init__(self, trackers, run):
+        self.trackers, self.run = trackers, run
+        self.steps, self.start = 0, time.perf_counter()  # since the last entry
+        self.bar = progress(None, "steps", initial=run.step, total=run.last_step)
+        metrics.totals.clear()
 
     def step(self, step, loss, norm, learning_rate):
         """loss: this rank's, of the step. norm: of the gradient, before clipping. Tensors."""
-        self.loss = self.loss + loss
+        metrics.report("loss", loss)
+        self.steps += 1
         self.bar.update()
-        if step % self.every and step != self.last_step:
+        if not self.run.is_due(step, self.run.settings.logging_steps):
             return
-        steps, now = step - self.last_entry, time.perf_counter()
+        now, means = time.perf_counter(), metrics.means()
+        images = self.steps * self.run.layout.global_batch
         values = {
-            "loss": distributed.mean(self.loss / steps),
+            "loss": means.pop("loss"),
             "learning_rate": learning_rate,
             "gradient_norm": norm.item(),
-            "pictures_per_second": steps * self.global_batch / (now - self.start),
+            "pictures_per_second": images / (now - self.start),
             "memory_gib": peak_memory(norm.device) / 2**30,
+            **means,
         }
         self.scalars(step, values)
+        quarters = [means.get(f"loss/{quarter}") for quarter in metrics.QUARTERS]
+        quarters = " ".join("–" if value is None else f"{value:.3f}" for value in quarters)
+        others = [f"  {name} {value:.4g}" for name, value in means.items() if "/" not in name]
         say(
-            f"step {step}/{self.last_step}  loss {values['loss']:.5f}  lr {learning_rate:.2e}  "
-            f"gradient {values['gradient_norm']:.3f}  "
-            f"{values['pictures_per_second']:.2f} images/s"
+            f"step {step}/{self.run.last_step}  loss {values['loss']:.5f} ({quarters})  "
+            f"lr {learning_rate:.2e}  gradient {values['gradient_norm']:.3f}  "
+            f"{values['pictures_per_second']:.2f} images/s{''.join(others)}"
         )
-        self.loss, self.last_entry, self.start = 0.0, step, now
+        self.steps, self.start = 0, now
 
     @contextlib.contextmanager
     def paused(self):
-        """Use as a context manager: time spent inside does not count as training."""
+        """Use as a context manager: what happens inside does not count as training."""
         start = time.perf_counter()
-        yield
+        with metrics.ignored():
+            yield
         self.start += time.perf_counter() - start
 
     def scalars(self, step, values):

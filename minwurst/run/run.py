@@ -19,14 +19,15 @@ from pathlib import Path
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
-from minwurst.base.settings import LoRASettings, facts_of, public
+from minwurst.base.settings import LoRASettings, defaults_of, facts_of, public
 from minwurst.edge import files, models, push, run_file
 from minwurst.edge.grids import BEFORE_AFTER
 from minwurst.run import checkpoint, estimate, trackers
-from minwurst.step import randomness
+from minwurst.step import diffusion, randomness
 from minwurst.step.distributed import on_main
 from minwurst.step.samples import BatchLayout
 
+FORMAT = 1  # of checkpoints; those of the first edition have the same and do not say so
 FRESH = {"step": 0, "updates": 0, "seed": None, "settings": {}, "identity": {}}
 # The entries of an identity, for the message that refuses a change.
 MEANING = {
@@ -34,19 +35,21 @@ MEANING = {
     "--gradient_accumulation_steps × processes)",
     "data": "the content of the data set (a fingerprint)",
     "encoders": "the encoders' files (a fingerprint)",
+    "prediction": "what the prior predicts",
     "prior": "the prior (its sizes; for a LoRA, the fingerprint of its files)",
 }
 
 
 class Run:
-    """Attributes: settings, device, folder, seed, checkpoint (the folder to resume from, or None),
-    layout (how a step's batch is divided), and after `identify` also parts, identity, rows (how
-    many are trained on), last_step, steps (the range still to run) and id.
+    """Attributes: settings, rank, device, folder, seed, checkpoint (the folder to resume from, or
+    None), step (its step, or 0), layout (how a step's batch is divided), and after `identify` also
+    parts, identity, rows (how many are trained on), last_step, steps (those still to run) and id.
     """
 
     def __init__(self, settings, device, folder, resumed, progress):
-        self.settings, self.device, self.folder = settings, device, folder
+        self.settings, self.device, self.folder, self.rank = settings, device, folder, rank()
         self.checkpoint, self.progress, self.seed = resumed, progress, settings.seed
+        self.step = progress["step"]
         batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
         self.layout = BatchLayout(batch, accumulation, world_size())
 
@@ -60,6 +63,11 @@ class Run:
         on_main(lock, folder)
         resumed = on_main(checkpoint.find, settings.resume_from_checkpoint, folder)
         progress = checkpoint.read_progress(resumed) if resumed else FRESH
+        if progress.get("format", FORMAT) != FORMAT:
+            raise UserError(
+                f"--resume_from_checkpoint: {resumed} has format {progress['format']}, and this "
+                f"version reads format {FORMAT}. Resume with the version that wrote it."
+            )
         settings.seed = on_main(randomness.choose_seed, settings.seed, progress["seed"])
         run = cls(settings, device, folder, resumed, progress)
         where = f"{world_size()} × {device.type}" if world_size() > 1 else device.type
@@ -74,7 +82,8 @@ class Run:
                 push.make_repository, settings.hub_model_id or folder.resolve().name,
                 settings.hub_private, settings.hub_token,
             )  # fmt: skip
-        run.changes = check_same_run(progress["settings"], public(settings))
+        keep_skipping(settings, progress)
+        run.changes = check_settings(progress, public(settings))
         return run
 
     def identify(self, parts, data):
@@ -94,11 +103,12 @@ class Run:
             "prior": on_main(models.fingerprint, parts.prior)
             if isinstance(self.settings, LoRASettings)
             else models.prior_sizes(parts.prior),
+            "prediction": diffusion.PREDICTION,
             "world": world_size(),
         }
         for change in self.changes + check_same_run(self.progress["identity"], self.identity):
             say(f"changed since the checkpoint: {change}")
-        on_main(checkpoint.set_aside_later, self.folder, self.progress["step"])
+        on_main(checkpoint.set_aside_later, self.folder, self.step)
         self.id = on_main(run_file.known_id, self.folder) if self.checkpoint else None
         self.id = self.id or on_main(secrets.token_hex, 4)
 
@@ -106,9 +116,11 @@ class Run:
         if self.last_step is None:
             epochs = self.settings.num_train_epochs
             self.last_step = math.ceil(epochs * self.rows / self.layout.global_batch)
-        self.steps = range(self.progress["step"] + 1, self.last_step + 1)
+        self.skipped = set(self.settings.skip_steps or ())
+        to_come = range(self.step + 1, self.last_step + 1)
+        self.steps = [step for step in to_come if step not in self.skipped]
         if not self.steps:
-            say(f"Step {self.progress['step']} is already done: raise --max_train_steps for more.")
+            say(f"Step {self.step} is already done: raise --max_train_steps for more.")
 
     def restore(self, state):
         """Load the checkpoint, if any, into a State. Returns the number of updates so far."""
@@ -118,27 +130,39 @@ class Run:
 
     def positions(self):
         """This rank's positions in the stream of samples: one range per micro-step to come."""
-        return (p for step in self.steps for p in self.layout.positions(step, rank()))
+        return (p for step in self.steps for p in self.layout.positions(step, self.rank))
 
     def announce(self, prior, source):
         """Report what the run needs, refuse a disk that is too small, and write run.json."""
         estimate.announce(self, prior, source)
         on_main(run_file.write, self)
 
+    def is_due(self, step, every):
+        """Whether something is due at a step that is due at multiples of `every` and at the end.
+
+        What would be due at a skipped step is due at the one before it.
+        """
+        following = step + 1
+        while following in self.skipped:
+            following += 1
+        return any(n % every == 0 or n == self.last_step for n in range(step, following))
+
     def is_save_due(self, step):
-        return step % self.settings.checkpointing_steps == 0 or step == self.last_step
+        return self.is_due(step, self.settings.checkpointing_steps)
 
     def is_validation_due(self, step):
         every, epochs = self.settings.validation_steps, self.settings.validation_epochs
-        every = every or max(1, round(epochs * self.rows / self.layout.global_batch))
-        return step % every == 0 or step == self.last_step
+        return self.is_due(
+            step, every or max(1, round(epochs * self.rows / self.layout.global_batch))
+        )
 
     def save(self, step, updates, state):
         """Write a checkpoint with everything that a resumed run needs, then rotate."""
         tensors, numbers = state.collect()
         progress = {
-            "step": step, "updates": updates, "seed": self.seed, "identity": self.identity,
-            "settings": public(self.settings), **numbers,
+            "format": FORMAT, "step": step, "updates": updates, "seed": self.seed,
+            "identity": self.identity, "settings": public(self.settings),
+            "defaults": defaults_of(type(self.settings)), **numbers,
         }  # fmt: skip
         limit = self.settings.checkpoints_total_limit
         on_main(checkpoint.save, self.folder, step, tensors, progress, limit)
@@ -174,6 +198,38 @@ def lock(folder):
         ) from None
     except OSError as error:  # a file system without locks
         print(f"{folder} can't be locked ({error}): don't start a second run on it.", flush=True)
+
+
+def keep_skipping(settings, progress):
+    """What a run once skipped stays skipped; UserError for a step that it has already run."""
+    for name in ("skip_steps", "skip_rows"):
+        before = set(progress["settings"].get(name) or ())
+        now = before.union(getattr(settings, name) or ())
+        late = [n for n in sorted(now - before) if name == "skip_steps" and n <= progress["step"]]
+        if late:
+            raise UserError(
+                f"--skip_steps {late[0]}: the checkpoint is at step {progress['step']}, which is "
+                "later. Resume from an earlier checkpoint by its path."
+            )
+        setattr(settings, name, sorted(now) or None)
+
+
+def check_settings(progress, now):
+    """`check_same_run` for settings, across versions of this project.
+
+    A setting that the checkpoint lacks counts as its default now. One that this version does not
+    know must be at the default that was recorded with it.
+    """
+    before, defaults = progress["settings"], progress.get("defaults", {})
+    for name in before.keys() - now.keys():
+        if name in defaults and before[name] != defaults[name]:
+            raise UserError(
+                f"--resume_from_checkpoint: the checkpoint was written with --{name} "
+                f"{before[name]}, which this program does not have. Use the one that wrote it."
+            )
+    if not before:
+        return []
+    return check_same_run({**defaults_of(LoRASettings), **before}, now)
 
 
 def check_same_run(before, now):

@@ -10,6 +10,8 @@ state_dict and load_state_dict whose state is JSON. Random numbers need no state
 
 import torch
 
+from minwurst.base.errors import UserError
+
 
 class State:
     def __init__(self, weights, **parts):
@@ -33,8 +35,13 @@ class State:
         """Put back what `collect` gave.
 
         Learning rates and other options stay as the optimizer was made with. A part with no saved
-        state stays as it is: a GradScaler in a run that was not fp16 before.
+        state stays as it is: a GradScaler in a run that was not fp16 before. Names and shapes are
+        checked before anything is copied; a UserError names the first that does not fit.
         """
+        for keyword, part in self.parts.items():
+            expected = self.weights if isinstance(part, torch.optim.Optimizer) else part
+            if isinstance(expected, dict):
+                check_fit(keyword, tensors.get(keyword, {}), expected, every=expected is part)
         for keyword, part in self.parts.items():
             saved, counted = tensors.get(keyword, {}), numbers.get(keyword, {})
             if isinstance(part, dict):
@@ -68,9 +75,27 @@ def restore_optimizer(optimizer, weights, tensors, numbers):
     optimizer.load_state_dict({"state": state, "param_groups": options})
 
 
+def check_fit(keyword, saved, expected, every):
+    """UserError if saved tensors do not belong to the expected ones.
+
+    every: all of them are saved, under the same names. Otherwise, "name.key" belongs to "name", and
+    has its shape if it has more than one dimension.
+    """
+    missing = sorted(expected.keys() - saved.keys()) if every else []
+    for name, tensor in saved.items():
+        like = expected.get(name if every else name.rsplit(".", 1)[0])
+        if like is None or tensor.shape != like.shape and (every or tensor.dim() > 1):
+            shape = list(tensor.shape)
+            missing.insert(0, f"{name} {shape}, for {list(like.shape) if like is not None else 0}")
+    if missing:
+        raise UserError(
+            f"--resume_from_checkpoint: its {keyword}.safetensors does not fit this model: "
+            f"{missing[0]}. Use the model and flags that it was written with."
+        )
+
+
 @torch.no_grad()
 def copy_into(tensors, source):
-    """Copy source's tensors into those of the same name; both must have the same names."""
-    assert tensors.keys() == source.keys(), sorted(tensors.keys() ^ source.keys())[:3]
+    """Copy source's tensors into those of the same name."""
     for name, tensor in tensors.items():
         tensor.copy_(source[name])

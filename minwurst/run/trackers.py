@@ -1,12 +1,44 @@
-"""Trackers: TensorBoard and Weights & Biases."""
+"""Trackers: TensorBoard, Weights & Biases, and log.jsonl, which is always written."""
 
+import contextlib
 import importlib.util
+import json
 
 import numpy as np
 
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import is_main
+from minwurst.base.settings import public
+from minwurst.edge.files import replacing
+
+
+class JsonLines:
+    """`log.jsonl`: one line {"step": …, name: number, …} per entry.
+
+    A resumed run drops the lines after its checkpoint, and a fresh one drops all.
+    """
+
+    def __init__(self, folder, first_step):
+        file = folder / "log.jsonl"
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off by a kill
+                if json.loads(line)["step"] < first_step:
+                    kept.append(line + "\n")
+        with replacing(file) as draft:
+            draft.write_text("".join(kept), encoding="utf-8")
+        self.file = open(file, "a", encoding="utf-8")  # noqa: SIM115
+
+    def scalars(self, step, values):
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def image(self, step, name, image):
+        pass
+
+    def close(self):
+        self.file.close()
 
 
 class TensorBoard:
@@ -73,21 +105,24 @@ def check(report_to):
         )
 
 
-def open_trackers(report_to, folder, first_step, project, run_id, settings):
-    """The trackers that --report_to names, as a list; empty on ranks that do not log.
+def open_trackers(run):
+    """log.jsonl and the trackers that --report_to names, as a list; empty on ranks that do not log.
 
-    folder: where they write. settings: as `public` gives them. "all" includes wandb if installed.
+    "all" includes wandb if it is installed.
     """
-    if not is_main() or report_to == "none":
+    if not is_main():
         return []
-    folder.mkdir(parents=True, exist_ok=True)  # otherwise wandb writes to a temporary folder
-    trackers, wanted = [], []
+    settings, report_to = run.settings, run.settings.report_to
+    folder, first_step = run.folder / settings.logging_dir, run.step + 1 if run.checkpoint else 0
+    trackers, wanted = [], [(JsonLines, folder, first_step)]
     if report_to in ("tensorboard", "all"):
         wanted.append((TensorBoard, folder, first_step))
     if report_to == "wandb" or report_to == "all" and importlib.util.find_spec("wandb"):
-        wanted.append((WandB, folder, project, run_id, settings))
+        project = settings.tracker_project_name
+        wanted.append((WandB, folder, project, run.id, public(settings)))
     for kind, *options in wanted:
         try:
+            folder.mkdir(parents=True, exist_ok=True)  # wandb would write to a temporary folder
             trackers.append(kind(*options))
         except Exception as error:  # a server that is down must not stop a run
             say(f"{kind.__name__} did not start and is dropped: {error}")

@@ -4,7 +4,8 @@
     validate(step)                           # if it is due at this step
 
 The model is evaluated as its result will be used: averaged weights, no dropout. Validation has its
-own random streams, so the trained weights are bit-identical with and without it.
+own random streams, so the trained weights are bit-identical with and without it. It comes after
+saving, and what goes wrong in it (memory, disk, a decoder) is reported and costs no training.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minwurst.base.console import gib, say
-from minwurst.base.ranks import rank, world_size
+from minwurst.base.errors import UserError
+from minwurst.base.ranks import is_main, rank, world_size
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder
+from minwurst.edge.files import replacing
 from minwurst.edge.grids import BEFORE_AFTER, grid, stack
-from minwurst.step import diffusion, distributed, randomness
+from minwurst.step import diffusion, distributed, metrics, randomness
 from minwurst.step.samples import batches
 
 
@@ -49,10 +52,16 @@ class EvaluationModel:
 
 
 class Validation:
-    """Calls its validators when validation is due. All ranks must call it."""
+    """Calls its validators when validation is due. All ranks must call it.
+
+    A validator has two methods. measure(model) is this rank's part of the work, without waiting for
+    other ranks; show(step, parts) is the main rank's, with the results of all. A file records the
+    last step validated, so that a run killed between saving and validation catches up on it.
+    """
 
     def __init__(self, run, data, source, model, log):
         self.run, self.model, self.log, self.validators = run, model, log, []
+        self.record = run.folder / "validation" / "last_step"
         if source.prompts:
             training = source.samples(data.rows, run.seed)
             self.validators.append(GenerateImages(run, source, training, log))
@@ -60,11 +69,52 @@ class Validation:
             self.validators.append(HeldOutLoss(run, source, data.held_out, log))
 
     def __call__(self, step):
-        if not self.validators or step and not self.run.is_validation_due(step):
+        if not self.validators or not self.run.is_validation_due(step):
             return
-        with self.log.paused(), self.model.active():
-            for validator in self.validators:
-                validator(step, self.model)
+        with self.log.paused():
+            done = [self.validate(validator, step) for validator in self.validators]
+        if all(done) and is_main():
+            attempt(self.write_record, step)
+
+    def catch_up(self):
+        """Before the first step: validate the step the run starts from, if that is not done."""
+        if distributed.on_main(self.last_step) != self.run.step:
+            self(self.run.step)
+
+    def validate(self, validator, step):
+        """Returns whether it succeeded; False is reported. Only the exchange waits for others."""
+        with self.model.active():
+            mine = attempt(validator.measure, self.model)
+        parts = distributed.gather_objects(mine)
+        errors = [error for _, error in parts if error]
+        if not errors and is_main():
+            errors = [attempt(validator.show, step, [part for part, _ in parts])[1]]
+        if errors and errors[0]:
+            say(f"validation at step {step} failed, training continues: {errors[0]}")
+        return not any(errors)
+
+    def last_step(self):
+        """The last step validated; -1 in a fresh run."""
+        try:
+            if not self.run.checkpoint:
+                self.record.unlink(missing_ok=True)  # of an earlier run
+            return int(self.record.read_text())
+        except (OSError, ValueError):
+            return -1
+
+    def write_record(self, step):
+        self.record.parent.mkdir(exist_ok=True)
+        with replacing(self.record) as draft:
+            draft.write_text(f"{step}\n")
+
+
+def attempt(function, *arguments):
+    """(result, None), or (None, what went wrong in one line)."""
+    try:
+        return function(*arguments), None
+    except Exception as error:  # anything may fail here, and none of it may stop training
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return None, " ".join(f"{kind}{error}".split())[:300]
 
 
 class GenerateImages:
@@ -98,11 +148,10 @@ class GenerateImages:
         if self.decode.nbytes:
             say(f"decoder: {gib(self.decode.nbytes)}, on the device only while it is used")
 
-    def __call__(self, step, model):
-        mine = {n: self.latents(model, self.prompts[n]).cpu()
-                for n in range(rank(), len(self.prompts), world_size())}  # fmt: skip
-        latents = {n: x for part in distributed.gather_objects(mine) for n, x in part.items()}
-        distributed.on_main(self.show, step, [latents[n] for n in range(len(self.prompts))])
+    def measure(self, model):
+        """{number of a prompt: its latents}, for every world_size-th prompt."""
+        mine = range(rank(), len(self.prompts), world_size())
+        return {n: self.latents(model, self.prompts[n]).cpu() for n in mine}
 
     def latents(self, model, prompt):
         """One prompt's latents, (1, 16, h, w)."""
@@ -110,34 +159,30 @@ class GenerateImages:
         key = randomness.image_key(prompt, 0)
         return generate_latents(model, self.conditions[prompt], shape, seed=self.seed, key=key)
 
-    def show(self, step, latents):
+    def show(self, step, parts):
         """Decode, and write the grid of images with their prompts."""
-        images = []
+        latents, images = {n: x for part in parts for n, x in part.items()}, []
         with self.decode.on_device():
-            for x, prompt in zip(latents, self.prompts, strict=True):
+            for n, prompt in enumerate(self.prompts):
                 key = randomness.image_key(prompt, 0)
                 generator = randomness.decoding_generator(self.seed, key)
-                images.append(self.decode(x, prompt, generator))
+                images.append(self.decode(latents[n], prompt, generator))
         title = f"step {step}" if step else "before training"
         sheet = grid(images, self.prompts, title)
         self.log.image(step, "validation", sheet)
         file = self.folder / f"step-{step:06}.png"
-        try:
-            self.folder.mkdir(exist_ok=True)
-            info = PngInfo()
-            info.add_itxt("prompts", json.dumps(self.prompts))
-            sheet.save(file, pnginfo=info)
-            both = self.folder / BEFORE_AFTER
-            if not step:
-                both.unlink(missing_ok=True)  # of an earlier run
-            elif (self.folder / self.FIRST).is_file():
-                with Image.open(self.folder / self.FIRST) as first:
-                    same = first.text.get("prompts") == json.dumps(self.prompts)
-                    stack([first, sheet] if same else [sheet]).save(both)
-        except OSError as error:  # a full disk, for example, is no reason to stop training
-            say(f"{file} was not written: {error}")
-        else:
-            say(f"images: {file}")
+        self.folder.mkdir(exist_ok=True)
+        info = PngInfo()
+        info.add_itxt("prompts", json.dumps(self.prompts))
+        sheet.save(file, pnginfo=info)
+        both = self.folder / BEFORE_AFTER
+        if not step:
+            both.unlink(missing_ok=True)  # of an earlier run
+        elif (self.folder / self.FIRST).is_file():
+            with Image.open(self.folder / self.FIRST) as first:
+                same = first.text.get("prompts") == json.dumps(self.prompts)
+                stack([first, sheet] if same else [sheet]).save(both)
+        say(f"images: {file}")
 
 
 def generate_latents(model, condition, shape, *, seed, key, guidance=4.0):
@@ -163,7 +208,8 @@ class HeldOutLoss:
         self.batch, self.workers = run.layout.batch, run.settings.dataloader_num_workers
         self.samples = source.samples(rows, randomness.held_out_seed(run.seed))
 
-    def __call__(self, step, model):
+    def measure(self, model):
+        """The sums of the error in each quarter, over every world_size-th batch."""
         starts = range(0, self.count, self.batch)[rank() :: world_size()]
         parts = [range(start, min(start + self.batch, self.count)) for start in starts]
         sums = torch.zeros(4, device=self.device)
@@ -178,11 +224,13 @@ class HeldOutLoss:
                 predicted = diffusion.predicted_noise(model(noisy, t, **condition), noisy, t)
                 error = (predicted - noise).square().mean(dim=(1, 2, 3))             # (B,)
                 sums[quarter] += error.sum()
-        ranks = distributed.all_gather(sums)
-        quarters = [sum(parts) / self.count for parts in zip(*ranks, strict=True)]
+        return sums.tolist()
+
+    def show(self, step, parts):
+        quarters = [sum(of_ranks) / self.count for of_ranks in zip(*parts, strict=True)]
         values = {"validation_loss": sum(quarters) / 4}
-        for quarter, value in enumerate(quarters):
-            values[f"validation_loss/t_{quarter / 4:.2f}_{quarter / 4 + 0.25:.2f}"] = value
+        for quarter, value in zip(metrics.QUARTERS, quarters, strict=True):
+            values[f"validation_loss/{quarter}"] = value
         self.log.scalars(step, values)
         listed = ", ".join(f"{value:.5f}" for value in quarters)
         say(f"held out at step {step}: loss {values['validation_loss']:.5f} ({listed})")

@@ -12,10 +12,12 @@ The network predicts the noise ε, not the clean latents (Ho, Jain, Abbeel 2020,
 eq. 14): ε has unit variance at every t, so one loss fits all times, and predicting zero costs
 exactly 1. Everything here is fp32: in bf16, t = 0.999 and t = 1 are the same number.
 
-To train another prediction, change `target`, which the loop uses, and `predicted_noise`, which the
-held-out loss and the sampler use.
+To train another prediction, change PREDICTION, `target`, which the loop uses, and its inverse
+`predicted_noise`, which the held-out loss and the sampler use. What was trained is recorded in the
+result, and nothing here samples a prior that was trained for something else.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -49,17 +51,55 @@ def per_sample(values, like):
 
 # ---- The objective: which times, what is predicted, how much an error counts.
 
+PREDICTION = "epsilon"  # by the names of diffusers' schedulers: "v_prediction", "sample", …
 
-def timesteps(uniform, sampling):
-    """Timesteps (B,) from uniform numbers (B,).
 
-    "uniform": t = U. "wuerstchen": the authors' t = 1.08·(1 − U) + 0.001, within [0.001, 1], which
-    makes one sample in 13 pure noise, where sampling starts.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Which times are trained, and how much a sample's error counts. The settings of these names.
+
+    minwurst/README.md shows the weights and the densities.
     """
-    if sampling == "uniform":
+
+    loss_weighting: str = "none"
+    snr_gamma: float = 5.0
+    timestep_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def timesteps(self, uniform):
+        """Timesteps (B,) from uniform numbers (B,).
+
+        "uniform": t = U. "wuerstchen": the authors' t = 1.08·(1 − U) + 0.001, within [0.001, 1],
+        which makes one sample in 13 pure noise, where sampling starts. "logit_normal": the logit of
+        t is normal (Esser et al. 2024, arXiv 2403.03206, section 3.1), which favors the middle.
+        """
+        if self.timestep_sampling == "wuerstchen":
+            return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
+        if self.timestep_sampling == "logit_normal":
+            normal = torch.special.ndtri(uniform)  # the inverse of its cumulative distribution
+            return (self.logit_mean + self.logit_std * normal).sigmoid()
+        assert self.timestep_sampling == "uniform", self.timestep_sampling
         return uniform
-    assert sampling == "wuerstchen", sampling
-    return ((1 - uniform) * 1.08 + 0.001).clamp(0.001, 1.0)
+
+    def loss_weight(self, t):
+        """The weight of a sample's squared error, (B,), at most 1.
+
+        All but "none" lower the weight of nearly clean latents, where little is left to learn.
+        "p2": 1/(1+SNR), here 1 − ᾱ (Choi et al. 2022, arXiv 2204.00227, with k = γ = 1).
+        "min_snr": min(SNR, γ)/SNR (Hang et al. 2023, arXiv 2303.09556). "soft_min_snr":
+        1/(1+SNR/γ), the same without a corner (Crowson et al. 2024, arXiv 2401.11605).
+        """
+        signal = alpha_bar(t)
+        snr = signal / (1 - signal)
+        if self.loss_weighting == "p2":
+            return 1 - signal
+        if self.loss_weighting == "min_snr":
+            return (self.snr_gamma / snr).clamp(max=1)
+        if self.loss_weighting == "soft_min_snr":
+            return 1 / (1 + snr / self.snr_gamma)
+        assert self.loss_weighting == "none", self.loss_weighting
+        return torch.ones_like(t)
 
 
 def add_noise(latents, noise, t):
@@ -76,18 +116,6 @@ def target(latents, noise, t):
 def predicted_noise(output, noisy, t):
     """The noise that follows from the network's output, in fp32."""
     return output.float()
-
-
-def loss_weight(t, weighting):
-    """The weight of a sample's squared error, (B,). "none": 1. "p2": 1/(1+SNR), here 1 − ᾱ.
-
-    p2 (Choi et al. 2022, arXiv 2204.00227, with k = γ = 1) lowers the weight of nearly clean
-    latents, where little is left to learn.
-    """
-    if weighting == "none":
-        return torch.ones_like(t)
-    assert weighting == "p2", weighting
-    return 1 - alpha_bar(t)
 
 
 # ---- Sampling: the process backward.

@@ -1,6 +1,6 @@
 """Several processes as one: torchrun starts them, this file connects them.
 
-    rank, device = start()
+    device = start()
     model = wrap_ddp(prior, device, autocast)
     with sync_gradients(model, last):       # DDP averages over ranks on the last micro-step only
         ...
@@ -50,7 +50,7 @@ def launch(main, settings, then):
 
 
 def start():
-    """Join the process group that torchrun's variables describe. Returns (rank, device)."""
+    """Join the process group that torchrun's variables describe. Returns this rank's device."""
     world, local_rank = world_size(), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -75,7 +75,7 @@ def start():
             "nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, rank=rank(),
             world_size=world, store=torch_distributed.PrefixStore(f"start {attempt}", store),
         )  # fmt: skip
-    return rank(), device
+    return device
 
 
 def to_device(tensor, device):

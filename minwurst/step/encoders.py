@@ -43,9 +43,9 @@ class Encoders:
         """The image encoder on the device, fp32 as its authors used it."""
         return self.load_image().to(self.device)
 
-    def samples(self, rows, seed, caption_dropout=0.0):
+    def samples(self, rows, seed, caption_dropout=0.0, skipped=()):
         """The stream of these rows' samples, to read with `batches`."""
-        return Samples(rows, self.side, seed, caption_dropout)
+        return Samples(rows, self.side, seed, caption_dropout, skipped)
 
     def encode(self, batch):
         """(latents, condition) of a batch, on the device, without gradients."""

@@ -3,7 +3,7 @@
 import torch
 
 from minwurst.base.console import say
-from minwurst.base.errors import UserError
+from minwurst.base.errors import UserError, command_with
 from minwurst.step import distributed, signals
 
 
@@ -29,7 +29,11 @@ class FiniteGuard:
         flags = torch.stack([loss.isfinite(), norm.isfinite()]).float()
         flags = torch.cat([flags, flags.new_tensor([signals.pending()])])              # (3,)
         ranks = distributed.all_gather(flags)
-        advice = "No weight was changed. Lower --learning_rate, or use bf16 instead of fp16."
+        advice = (
+            "No weight was changed. Lower --learning_rate, or use bf16 instead of fp16, or resume "
+            "without this step: "
+            + command_with("--resume_from_checkpoint=latest", f"--skip_steps={step}")
+        )
         bad = [rank for rank, (loss_is_finite, *_) in enumerate(ranks) if not loss_is_finite]
         if bad:
             rows = self.rows(step, bad[0])

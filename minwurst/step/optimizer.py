@@ -34,8 +34,9 @@ class EMA:
     """Exponential moving average of the weights, fp32: average += (1 − decay)·(weight − average).
 
     Single steps are noisy; their average usually makes better images than the last weights. It
-    remembers about 1/(1 − decay) steps: 10,000 for 0.9999. At the start the decay is
-    (1 + n)/(10 + n) after n updates, so that the initial weights are soon forgotten.
+    remembers about 1/(1 − decay) steps: 10,000 for 0.9999. At first it remembers less, so that the
+    initial weights are forgotten: update n has at most the decay n/(9 + n), and the first update
+    copies the weights. These are the numbers of diffusers' EMAModel.
     """
 
     def __init__(self, trainable, decay):
@@ -46,7 +47,7 @@ class EMA:
     @torch.no_grad()
     def update(self, updates):
         """Average in the weights after optimizer step number `updates` (from 1)."""
-        decay = min(self.decay, (1 + updates) / (10 + updates))
+        decay = min(self.decay, updates / (9 + updates)) if updates > 1 else 0.0
         torch._foreach_lerp_(list(self.average.values()), list(self.trainable.values()), 1 - decay)
 
     @contextlib.contextmanager

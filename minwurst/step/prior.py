@@ -129,6 +129,7 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    NEW_LAYERS = ()  # beginnings of the names of layers that files may lack: a fork's own
 
     @register_to_config
     def __init__(self, c_in=16, c=1280, c_cond=1024, c_r=64, depth=16, nhead=16, dropout=0.1):

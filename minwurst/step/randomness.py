@@ -17,7 +17,7 @@ import torch
 from minwurst.step.distributed import to_device
 
 # Each purpose has its own independent family of streams.
-ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT, HELD_OUT, SAMPLING, DECODING = range(8)
+ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT, HELD_OUT, SAMPLING, DECODING, REPLACEMENT = range(9)
 CPU = torch.device("cpu")
 
 
@@ -38,10 +38,17 @@ def epoch_order(seed, epoch, rows):
     return generator(seed, ORDER, epoch).permutation(rows)
 
 
-def row_at(seed, position, rows):
-    """The row at a position of the stream. Each row occurs once in every `rows` positions."""
+def row_at(seed, position, rows, skipped=()):
+    """The row at a position of the stream. Each row occurs once in every `rows` positions.
+
+    skipped: rows whose positions each take another row, drawn at random.
+    """
     epoch, index = divmod(position, rows)
-    return int(epoch_order(seed, epoch, rows)[index])
+    row = int(epoch_order(seed, epoch, rows)[index])
+    if row in skipped:
+        others = [other for other in range(rows) if other not in skipped]
+        row = others[generator(seed, REPLACEMENT, position).integers(len(others))]
+    return row
 
 
 def caption(seed, position, captions, dropout=0.0):

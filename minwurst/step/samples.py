@@ -9,10 +9,11 @@ are {"image": {"bytes", "path"}, "text", "number"}, as edge/dataset.py reads the
 """
 
 import dataclasses
+import re
 
 import torch
 
-from minwurst.base.errors import UserError
+from minwurst.base.errors import UserError, command_with
 from minwurst.step import randomness, signals
 from minwurst.step.images import open_image, preprocess
 
@@ -59,8 +60,12 @@ def captions_of(row):
 class Samples(torch.utils.data.Dataset):
     """The stream as a map: item p is the sample at position p, in whatever order it is read."""
 
-    def __init__(self, rows, side, seed, caption_dropout=0.0):
+    def __init__(self, rows, side, seed, caption_dropout=0.0, skipped=()):
+        """side: of the images in pixels. skipped: numbers of rows that others replace."""
         self.rows, self.side, self.seed, self.caption_dropout = rows, side, seed, caption_dropout
+        self.skipped = set()
+        if skipped:
+            self.skipped = {i for i, n in enumerate(rows["number"][:]) if n in skipped}
 
     def __getitem__(self, position):
         row = self.row(position)
@@ -71,7 +76,7 @@ class Samples(torch.utils.data.Dataset):
         }
 
     def row_index(self, position):
-        return randomness.row_at(self.seed, position, len(self.rows))
+        return randomness.row_at(self.seed, position, len(self.rows), self.skipped)
 
     def row(self, position):
         return self.rows[self.row_index(position)]
@@ -119,4 +124,7 @@ def batches(samples, positions, workers=0):
     except UserError as error:  # from a worker, its message is the last line of a traceback
         line = str(error).strip().splitlines()[-1]
         line = line.removeprefix(f"{UserError.__module__}.UserError: ")
+        if row := re.match(r"Row (\d+)", line):
+            words = "--resume_from_checkpoint=latest", f"--skip_rows={row[1]}"
+            line = f"{line}. To put other rows in its places: {command_with(*words)}"
         raise UserError(line, one_rank=True) from None

@@ -1,0 +1,81 @@
+"""What earlier starts found out about the rows of a data set, so that it is not read again.
+
+    good = GoodRows(cache_folder / "good_rows.json", rows)
+    digest = good.digest(number)         # of a row that was good and has not changed, or None
+
+A row is recognised by the path, size and modification time of its image's file, or of the file of
+the table that contains it. A file whose content changes while these stay the same goes unnoticed;
+--recheck_data reads everything.
+"""
+
+import hashlib
+import json
+import os
+
+import pyarrow.compute as pc
+
+from minwurst.edge.files import replacing
+
+
+class GoodRows:
+    """known: {name of a row: [stamp, digest]}."""
+
+    def __init__(self, file, rows):
+        """rows: {"image": {"bytes", "path"}, "text", "number"}, with nothing decoded."""
+        self.file, self.known, self.stamps = file, {}, {}
+        if file.is_file():
+            try:
+                self.known = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:  # it only saves time
+                self.known = {}
+        images, columns = rows.data.column("image"), ("number", "text")
+        paths = pc.struct_field(images, "path").to_pylist()
+        stored = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0).to_pylist()
+        numbers, texts = (rows.data.column(name).to_pylist() for name in columns)
+        tables = [table["filename"] for table in rows.cache_files]
+        self.tables = f"{tables} {[stamp_of(table) for table in tables]}" if tables else None
+        self.rows = {
+            number: (None if size else path, text)
+            for number, path, size, text in zip(numbers, paths, stored, texts, strict=True)
+        }
+
+    def name_and_stamp(self, number):
+        """What a row is recognised by; (None, None) where it is only in memory."""
+        path, text = self.rows[number]
+        text = hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+        if path:
+            return os.path.abspath(path), f"{stamp_of(path)} {text}"
+        if not self.tables:
+            return None, None
+        return hashlib.sha256(f"{self.tables} {number}".encode()).hexdigest()[:16], text
+
+    def digest(self, number):
+        """The digest of a row that was good before and has not changed, else None."""
+        name, stamp = self.name_and_stamp(number)
+        before, digest = self.known.get(name, (None, None))
+        return digest if name and before == stamp else None
+
+    def last_digest(self, number):
+        """The digest that a row had when it was last good, whatever became of it, or None."""
+        return self.known.get(self.name_and_stamp(number)[0], (None, None))[1]
+
+    def add(self, digests):
+        """Record the digests of good rows, {number: digest}."""
+        found = {}
+        for number, digest in digests.items():
+            name, stamp = self.name_and_stamp(number)
+            if name and digest:
+                found[name] = [stamp, digest]
+        if any(self.known.get(name) != entry for name, entry in found.items()):
+            self.known |= found
+            with replacing(self.file, unique=True, flushed=False) as draft:
+                draft.write_text(json.dumps(self.known), encoding="utf-8")
+
+
+def stamp_of(path):
+    """A file's size and time of modification; None if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return f"{status.st_size} {status.st_mtime_ns}"
