@@ -9,6 +9,7 @@ import torch
 from minwurst.base.errors import UserError
 from minwurst.edge import files
 from minwurst.run import checkpoint, run
+from tests.conftest import assert_bitwise_equal, train_here
 
 GROUPS = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(7)}, "ema": {}}
 
@@ -165,6 +166,56 @@ def test_changes_are_listed_or_refused():
     ]
     with pytest.raises(UserError, match="resolution was 768 and is now 512"):
         run.check_same_run(before, {**before, "resolution": 512})
+
+
+def test_settings_across_versions():
+    """What a checkpoint lacks counts as its default; what is unknown must be at its default."""
+    now = {"learning_rate": 1e-4, "resolution": 768, "loss_weighting": "none"}
+    older = {"settings": {"learning_rate": 1e-4, "resolution": 768}}
+    assert run.check_settings(older, now) == []
+    with pytest.raises(UserError, match="--loss_weighting was none and is now p2"):
+        run.check_settings(older, {**now, "loss_weighting": "p2"})
+    newer = {"settings": {**now, "use_magic": False}, "defaults": {"use_magic": False}}
+    assert run.check_settings(newer, now) == []
+    newer["settings"]["use_magic"] = True
+    with pytest.raises(UserError, match="written with --use_magic True, which this program does"):
+        run.check_settings(newer, now)
+    assert run.check_settings(run.FRESH, now) == []
+
+
+def edit_state(folder, change):
+    """Change a checkpoint's state.json, and its manifest accordingly."""
+    file = folder / "state.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["state.json"] = files.describe(file)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_the_first_edition_resumes(wuerstchen, tmp_path):
+    """It has the same files, no format, no defaults, and none of the later settings."""
+    stateful = {"use_ema": True, "mixed_precision": "fp16", "checkpointing_steps": 2}
+    whole = train_here(wuerstchen, tmp_path / "whole", **stateful)
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
+    new = "snr_gamma", "logit_mean", "logit_std", "skip_steps", "skip_rows", "recheck_data"
+
+    def as_before(state):
+        del state["format"], state["defaults"], state["identity"]["prediction"]
+        for name in new:
+            del state["settings"][name]
+
+    edit_state(tmp_path / "old" / "checkpoint-2", as_before)
+    train_here(wuerstchen, tmp_path / "old", **stateful, resume_from_checkpoint="latest")
+    assert_bitwise_equal(whole / "checkpoint-4", tmp_path / "old" / "checkpoint-4")
+
+
+def test_a_later_format_is_refused(wuerstchen, tmp_path):
+    train_here(wuerstchen, tmp_path, max_train_steps=1)
+    edit_state(tmp_path / "checkpoint-1", lambda state: state.update(format=2))
+    with pytest.raises(UserError, match="has format 2, and this version reads format 1"):
+        train_here(wuerstchen, tmp_path, resume_from_checkpoint="latest")
 
 
 def test_output_folder_that_cant_be_written(tmp_path):

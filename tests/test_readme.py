@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from minwurst import cost
+from minwurst import cost, objectives
 from minwurst.base.settings import LoRASettings, Settings, parse
 from minwurst.edge import export, models
 from minwurst.miniature import measure
@@ -24,6 +24,16 @@ def anchors(text):
     """GitHub's anchors for the headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_objectives_are_drawn_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minwurst.objectives", str(tmp_path / "drawn.svg")])
+    objectives.main()
+    texts = [(tmp_path / "drawn.svg").read_text(), (ROOT / "minwurst/objectives.svg").read_text()]
+    number = r"-?\d+\.?\d*"
+    assert re.sub(number, "", texts[0]) == re.sub(number, "", texts[1])
+    drawn, shipped = ([float(found) for found in re.findall(number, text)] for text in texts)
+    assert drawn == pytest.approx(shipped, abs=0.11)  # coordinates have one decimal
 
 
 @pytest.mark.parametrize("name", FILES)

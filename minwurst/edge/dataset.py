@@ -16,6 +16,7 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pyarrow.compute as pc
 
 from minwurst.base.console import progress, say
@@ -64,8 +65,7 @@ def without(rows, skipped):
     """The rows whose numbers are not in `skipped`."""
     if not skipped:
         return rows
-    numbers = enumerate(rows["number"][:])
-    return rows.select([index for index, number in numbers if number not in skipped])
+    return rows.select(np.flatnonzero(~np.isin(rows["number"][:], list(skipped))))
 
 
 def cache_folder(settings):
@@ -173,8 +173,10 @@ def hold_out(rows, fraction, seed):
         raise UserError(
             f"--validation_split {fraction} of {len(rows)} rows leaves none to train on."
         )
+    if not count:
+        return rows, rows.select([])
     order = randomness.epoch_order(randomness.held_out_seed(seed), 0, len(rows))
-    return rows.select(sorted(order[count:])), rows.select(sorted(order[:count]))
+    return rows.select(np.sort(order[count:])), rows.select(np.sort(order[:count]))
 
 
 def threads():
@@ -191,30 +193,31 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
     they had before.
     """
 
-    def check_row(index):
-        """(error or None, digest of the row or None) of one row."""
-        number = numbers[index]
+    def known(number):
+        """(None, digest) of a row that need not be read, else None."""
         digest = good.last_digest(number) if number in skipped else None
-        if digest is None and not recheck:
-            digest = good.digest(number)
-        if digest is not None:
-            return None, digest
+        digest = digest or (None if recheck else good.digest(number))
+        return digest and (None, digest)
+
+    def check_row(index):
+        """(error or None, digest of the row or "") of one row."""
         row = rows[index]
         try:
             captions = captions_of(row)
-            if number not in skipped:
+            if row["number"] not in skipped:
                 open_image(row)
             return None, digest_of(row, captions)
         except (UserError, OSError) as error:
-            return (None, "") if number in skipped else (str(error), "")
+            return (None, "") if row["number"] in skipped else (str(error), "")
 
     numbers = rows["number"][:]
     for number in sorted(skipped.difference(numbers)):
         raise UserError(f"--skip_rows {number}: there is no such row, of {len(rows)}.")
-    mine = range(rank(), len(rows), world_size())
+    checked = {index: known(numbers[index]) for index in range(rank(), len(rows), world_size())}
+    unknown = [index for index, result in checked.items() if result is None]
     with ThreadPoolExecutor(threads()) as pool:
-        results = progress(pool.map(check_row, mine), "checking the data", total=len(mine))
-        checked = dict(zip(mine, results, strict=True))
+        results = progress(pool.map(check_row, unknown), "checking the data", total=len(unknown))
+        checked |= dict(zip(unknown, results, strict=True))
     everyone = {}
     for part in distributed.gather_objects(checked):
         everyone |= part

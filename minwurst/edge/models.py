@@ -241,7 +241,7 @@ def check_prediction(found, where):
     """UserError if a network was trained to predict something else than step/diffusion.py."""
     if found != diffusion.PREDICTION:
         raise UserError(
-            f"{where} predicts {found}, and step/diffusion.py {diffusion.PREDICTION}. Use the "
+            f"{where} predicts {found}, but step/diffusion.py {diffusion.PREDICTION}. Use the "
             "version of this project that it was trained with."
         )
 
