@@ -1,25 +1,63 @@
-"""diffusers' pipelines for programs of your own.
+"""All three stages for programs of your own, from a prompt to an image.
 
-    prior, decoder = load("runs/demo/prior_pipeline", "warp-ai/wuerstchen", torch.float16)
-    latents = prior.to("cuda")("a bear").image_embeddings                        # (1, 16, 24, 24)
-    image = decoder.to("cuda")(latents, "a bear").images[0]
+    wuerstchen = load("runs/demo/prior_pipeline", "warp-ai/wuerstchen", torch.float16, "cuda")
+    image = wuerstchen("a bear", seed=1)                                         # RGB, PIL
+    latents = wuerstchen.latents("a bear", seed=1)                               # (1, 16, 24, 24)
 """
 
 import torch
 
-from minwurst.edge import diffusers_pipelines, models
+from minwurst.edge import lora_file, models
+from minwurst.edge.decoders import FullDecoder
+from minwurst.run.validation import EvaluationModel, generate_latents
+from minwurst.step import adapter, randomness
+from minwurst.step.encoders import encode_text
+from minwurst.step.optimizer import NoEMA
 
 
-def load(prior, decoder="warp-ai/wuerstchen", dtype=torch.float32, lora=None, lora_scale=1.0):
-    """(WuerstchenPriorPipeline, WuerstchenDecoderPipeline), on the CPU, ready to be called.
+def load(
+    prior, decoder="warp-ai/wuerstchen", dtype=torch.float32, device="cpu", lora=None,
+    lora_scale=1.0,
+):  # fmt: skip
+    """A Wuerstchen, ready to be called.
 
-    prior, decoder: folders or Hub repositories. lora: file, folder or repository of a LoRA, which
-    is merged into the prior with strength lora_scale; PEFT is not needed. A UserError names what is
-    missing or broken.
+    prior, decoder: folders or Hub repositories. dtype: of the prior and text encoder; the decoder
+    is fp32, or fp16 on a GPU. lora: file, folder or repository of a LoRA, which is merged into the
+    prior with strength lora_scale. A UserError names what is missing or broken.
     """
-    folder = models.locate("prior", prior)
-    text_folder = models.text_folder(folder)
-    return (
-        diffusers_pipelines.prior_pipeline(folder, text_folder, dtype, lora, lora_scale),
-        diffusers_pipelines.decoder_pipeline(models.locate("decoder", decoder), dtype),
-    )
+    folder, device = models.locate("prior", prior), torch.device(device)
+    text = models.load_text(models.text_folder(folder), dtype)
+    network = models.load_prior(folder, dtype, as_trained=not lora)
+    if lora:
+        lora_file.load(network, models.locate_lora(lora))
+        adapter.set_scale(network, lora_scale)
+        adapter.merge(network)
+    half = dtype != torch.float32
+    decode = FullDecoder(models.locate("decoder", decoder), device, half)
+    autocast = torch.autocast(device.type, dtype, enabled=half)
+    prior = EvaluationModel(network.to(device), NoEMA(), autocast)
+    return Wuerstchen(text[0], text[1].to(device), prior, decode)
+
+
+class Wuerstchen:
+    """Attributes: tokenizer, text_encoder, prior (an EvaluationModel), decode (a FullDecoder)."""
+
+    def __init__(self, tokenizer, text_encoder, prior, decode):
+        self.tokenizer, self.text_encoder, self.prior = tokenizer, text_encoder, prior
+        self.decode = decode
+
+    def latents(self, prompt, seed=0, size=24, guidance=4.0):
+        """The prior's latents of an image, (1, 16, size, size), scaled. 24 gives 1024 pixels."""
+        states = encode_text(self.tokenizer, self.text_encoder, [prompt, ""])
+        shape, key = (self.prior.prior.config.c_in, size, size), randomness.image_key(prompt, 0)
+        with self.prior.active():
+            return generate_latents(
+                self.prior, {"text": states}, shape, seed=seed, key=key, guidance=guidance
+            )
+
+    def __call__(self, prompt, seed=0, size=24, guidance=4.0):
+        """An RGB image, the same as `minwurst.sample` generates from these."""
+        latents = self.latents(prompt, seed, size, guidance)
+        generator = randomness.decoding_generator(seed, randomness.image_key(prompt, 0))
+        with self.decode.on_device():
+            return self.decode(latents, prompt, generator)

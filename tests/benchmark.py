@@ -40,7 +40,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from minwurst.base.console import gib
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import cache, models
-from minwurst.edge.diffusers_pipelines import class_beside
 from minwurst.run import checkpoint, estimate, state
 from minwurst.step import adapter, diffusion, images, randomness
 from minwurst.step.distributed import to_device
@@ -49,9 +48,12 @@ from minwurst.step.images import open_image, preprocess
 from minwurst.step.optimizer import choose_adamw
 from minwurst.step.prior import PUBLISHED, WuerstchenPrior
 from minwurst.step.samples import collate
+from minwurst.step.stage_a import PaellaVQModel
+from minwurst.step.stage_b import WuerstchenDiffNeXt
+from tests import reference as reference_classes
 from tests import tiny
 
-Reference = class_beside(diffusers.WuerstchenPriorPipeline, "WuerstchenPrior")
+Reference = reference_classes.WuerstchenPrior
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PIECE = {**PUBLISHED, "depth": 2}  # the published width, 1/16 of the depth
 WORK = Path("runs/benchmark")
@@ -620,9 +622,53 @@ def gpu_memory(function):
     return gib(torch.cuda.max_memory_allocated() - before)
 
 
+def make_decoder(folder, **smaller):
+    """Stages B and A with the published widths and random weights, in the Hub's layout."""
+    if (folder / "decoder" / "config.json").is_file():
+        return folder
+    torch.manual_seed(0)
+    names = tiny.rows()["text"]
+    tokenizer = tiny.make_tokenizer(names, size=700, length=77)
+    stage_b = WuerstchenDiffNeXt(**smaller.get("b", {}))
+    with torch.no_grad():  # the divisor is near 1, so that sampling does not diverge
+        stage_b.clf[1].weight.normal_(std=0.01)
+        stage_b.clf[1].bias[len(stage_b.clf[1].bias) // 2 :].fill_(6.0)
+    stage_b.save_pretrained(folder / "decoder")
+    PaellaVQModel(**smaller.get("a", {})).save_pretrained(folder / "vqgan")
+    width = stage_b.config.clip_embd
+    text_encoder = tiny.make_text_encoder(tokenizer, width, layers=2, heads=width // 64 or 1)
+    text_encoder.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def decode(rounds, cells=SIZE, **smaller):
+    """From the prior's latents to 1024 pixels: one process per side and round, alternating."""
+    folder, found = make_decoder(WORK / f"decoder{len(smaller)}", **smaller), {}
+    steps = 12 if DEVICE.type == "cuda" else 1  # a step takes half a minute on two cores
+    for _ in range(rounds):
+        for side in ("theirs", "ours"):
+            words = [sys.executable, "-m", "tests.benchmark_decode", side, folder, cells, steps]
+            printed = subprocess.check_output([str(word) for word in words], text=True)
+            found.setdefault(side, []).append(json.loads(printed.splitlines()[-1]))
+    theirs, ours = found["theirs"], found["ours"]
+    apart = (
+        np.frombuffer(bytes.fromhex(side[0]["pixels"]), np.uint8).astype(int)
+        for side in (theirs, ours)
+    )
+    assert np.abs(np.subtract(*apart)).max() <= 1, "the images differ"
+    what = f"decode {cells}×{cells} latents, {steps} steps of Stage B" if steps > 1 else (
+        f"decode {cells}×{cells} latents, 1 step of Stage B instead of 12"
+    )
+    row(what, *([one["seconds"] for one in side] for side in (theirs, ours)))
+    peaks = [statistics.median(one["memory"] for one in side) for side in (theirs, ours)]
+    sizes = " | ".join(gib(peak) for peak in peaks)
+    print(f"| {what}: peak memory | {sizes} | {peaks[1] / peaks[0]:.2f} of it | |", flush=True)
+
+
 PARTS = {
     "step": step, "memory": memory, "encode": encode, "data": read_data, "save": save, "run": run,
-    "gpu": gpu,
+    "decode": decode, "gpu": gpu,
 }  # fmt: skip
 
 
@@ -639,7 +685,7 @@ def main(words):
     print("|---|---|---|---|---|")
     for name in given.parts or PARTS:
         # Complete runs are long enough that three rounds suffice.
-        PARTS[name](min(given.rounds, 3) if name == "run" else given.rounds)
+        PARTS[name](min(given.rounds, 3) if name in ("run", "decode") else given.rounds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The training loop written once more, from diffusers' and torch's own parts, to compare with."""
 
-import sys
 
 import diffusers
 import torch
@@ -11,7 +10,6 @@ from minwurst.step import randomness
 from minwurst.step.images import open_image, preprocess
 from tests import tiny
 
-Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
 # The flags of the same run: four steps of four images.
 FLAGS = {
     "lr_scheduler": "cosine", "lr_warmup_steps": 2, "adam_weight_decay": 0.01,

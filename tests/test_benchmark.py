@@ -86,3 +86,14 @@ def test_the_readme_has_the_counted_memory(capsys):
     assert printed in (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     shares = [float(line.split("|")[4].split()[0]) for line in printed.splitlines()]
     assert all(share <= 0.7 for share in shares[::2]) and all(s <= 0.1 for s in shares[1::2])
+
+
+def test_decoding_is_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "WORK", tmp_path)
+    small = {
+        "b": {"c_hidden": [16, 16, 16, 16], "nhead": [-1, 2, 2, 2], "blocks": [1, 1, 1, 1],
+              "c_cond": 32, "clip_embd": 64},
+        "a": {"bottleneck_blocks": 1, "embed_dim": 16},
+    }  # fmt: skip
+    benchmark.decode(1, cells=3, **small)
+    assert "| decode 3×3 latents, 1 step of Stage B" in capsys.readouterr().out

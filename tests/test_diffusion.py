@@ -2,15 +2,15 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
-from diffusers import DDPMWuerstchenScheduler, WuerstchenPriorPipeline
+from diffusers import DDPMWuerstchenScheduler
 
-from minwurst.edge import diffusers_pipelines, models
+from minwurst.edge import models
 from minwurst.step import diffusion
 from minwurst.step.encoders import encode_text
+from tests import reference
 from tests.conftest import relative
 
 TIMES = torch.linspace(0, 1, 101)
@@ -52,10 +52,9 @@ def test_reverse_step_undoes_the_noise():
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_sampling_equals_the_pipeline(wuerstchen, guidance):
     """Latents of two prompts from the same noise as the pipeline."""
-    times = sys.modules[WuerstchenPriorPipeline.__module__].DEFAULT_STAGE_C_TIMESTEPS
-    assert torch.equal(diffusion.sampling_times(), torch.Tensor(times))
-    pipeline = diffusers_pipelines.prior_pipeline(wuerstchen, wuerstchen)
-    pipeline.set_progress_bar_config(disable=True)
+    times = reference.DEFAULT_STAGE_C_TIMESTEPS
+    assert torch.equal(diffusion.prior_times(), torch.Tensor(times))
+    pipeline = reference.prior_pipeline(wuerstchen)
     prompts = ["a bear", "honey pot"]
     expected = pipeline(
         prompts, 128, 128, timesteps=times, guidance_scale=guidance,
@@ -65,7 +64,9 @@ def test_sampling_equals_the_pipeline(wuerstchen, guidance):
     noise = torch.stack([torch.randn(2, 16, 3, 3, generator=generator) for _ in times])
     text = encode_text(pipeline.tokenizer, pipeline.text_encoder, [*prompts, "", ""])
     prior = models.load_prior(wuerstchen).eval()
-    found = diffusion.unscale_latents(diffusion.sample(prior, {"text": text}, noise, guidance))
+    predict_noise = diffusion.guided(prior, {"text": text}, guidance)
+    found = diffusion.sample(predict_noise, noise, diffusion.prior_times())
+    found = diffusion.unscale_latents(found)
     assert relative(found, expected) < 1e-5
 
 

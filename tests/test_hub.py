@@ -134,9 +134,7 @@ import sys, torch
 from safetensors.torch import save_file
 from minwurst import pipelines
 def latents(prior, lora=None):
-    prior, _ = pipelines.load(prior, lora=lora)
-    generator = torch.Generator().manual_seed(3)
-    return prior("a bear", 128, 128, num_inference_steps=3, generator=generator).image_embeddings
+    return pipelines.load(prior, lora=lora).latents("a bear", seed=3, size=3)
 full, adapter = sys.argv[1:3]
 base = "warp-ai/wuerstchen-prior"
 there = "me/wuerstchen-prior-naruto-lora"

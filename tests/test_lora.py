@@ -1,6 +1,5 @@
 """LoRA: starts as identity, merging is exact, files are equivalent in diffusers and PEFT."""
 
-import sys
 
 import diffusers
 import peft
@@ -15,10 +14,9 @@ from minwurst.base.errors import UserError
 from minwurst.base.settings import LoRASettings, parse
 from minwurst.edge import lora_file, models
 from minwurst.step import adapter
-from tests import tiny
+from tests import reference, tiny
 from tests.conftest import ROOT, relative
 
-Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
 INPUTS = torch.randn(2, 16, 3, 3), torch.tensor([0.3, 0.8]), torch.randn(2, 77, 32)
 
 
@@ -110,7 +108,7 @@ def test_presets_and_names():
 
 def reference_pipeline(wuerstchen):
     tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
-    prior = Reference.from_config(make_prior().config)
+    prior = reference.WuerstchenPrior.from_config(make_prior().config)
     prior.load_state_dict(make_prior().state_dict())
     return diffusers.WuerstchenPriorPipeline(
         tokenizer, text_encoder, prior.eval(), diffusers.DDPMWuerstchenScheduler()
@@ -133,7 +131,7 @@ def test_our_file_in_diffusers(wuerstchen, tmp_path, targets, rank, alpha):
 
 def peft_prior(alpha, targets):
     """diffusers' prior with non-zero PEFT adapters."""
-    prior = Reference.from_config(make_prior().config)
+    prior = reference.WuerstchenPrior.from_config(make_prior().config)
     prior.load_state_dict(make_prior().state_dict())
     prior.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
     with torch.no_grad():
@@ -173,9 +171,9 @@ def test_a_folder_of_peft(tmp_path, rslora):
         use_rslora=rslora,
         alpha_pattern={r"blocks\.\d+\.attention\.to_q": 16, "o_k": 99},
     )
-    reference = Reference.from_config(make_prior().config)
-    reference.load_state_dict(make_prior().state_dict())
-    wrapped = peft.get_peft_model(reference.eval(), settings)
+    theirs = reference.WuerstchenPrior.from_config(make_prior().config)
+    theirs.load_state_dict(make_prior().state_dict())
+    wrapped = peft.get_peft_model(theirs.eval(), settings)
     wrapped.save_pretrained(tmp_path)
     found = lora_file.load(make_prior(), tmp_path)
     with torch.no_grad():
@@ -189,7 +187,7 @@ def test_training_steps_equal_pefts(targets):
     ours = make_prior().train()
     trainable = adapter.add_adapters(ours, 4, 8.0, [preset])
     names = names or [name.removesuffix(".base") for name in adapter.adapters(ours)]
-    theirs = Reference.from_config(make_prior().config)
+    theirs = reference.WuerstchenPrior.from_config(make_prior().config)
     theirs.load_state_dict(make_prior().state_dict())
     theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
     pairs = {}

@@ -13,7 +13,7 @@ from minwurst.run import checkpoint
 from minwurst.step import adapter, diffusion, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import open_image, preprocess
-from tests import plain, tiny
+from tests import plain, reference, tiny
 from tests.conftest import (
     assert_bitwise_equal,
     difference,
@@ -81,7 +81,7 @@ def test_equals_a_plain_loop_with_peft(still_wuerstchen, tmp_path, objective):
     out = train_here(still_wuerstchen, tmp_path, "lora.py", **settings)
     torch.manual_seed(7)
     start = adapter.add_adapters(models.load_prior(still_wuerstchen), 4, 8.0, ["attention"])
-    prior = plain.Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False)
+    prior = reference.load_prior(still_wuerstchen / "prior")
     layers = ["to_q", "to_k", "to_v", "to_out.0"]
     prior.train().add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers))
     trained = {

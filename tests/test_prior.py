@@ -1,18 +1,15 @@
 """The prior: numerically equal to diffusers' class, with and without recomputation."""
 
-import sys
 
-import diffusers
 import pytest
 import torch
 
 from minwurst.run import estimate
 from minwurst.step.prior import PUBLISHED, WuerstchenPrior, embed_timestep
-from tests import tiny
+from tests import reference, tiny
 from tests.conftest import relative
 
 # In every version, the module of the public pipeline exports the prior's class.
-Reference = sys.modules[diffusers.WuerstchenPriorPipeline.__module__].WuerstchenPrior
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +17,15 @@ def pair():
     """(ours, diffusers') at the published width, depth 2, same weights, head scaled down."""
     torch.manual_seed(0)
     config = {**PUBLISHED, "depth": 2, "dropout": 0.0}
-    reference = Reference(**config)
+    theirs = reference.WuerstchenPrior(**config)
     with torch.no_grad():
-        reference.out[1].weight.mul_(0.1), reference.out[1].bias.mul_(0.1)
-        for name, weight in reference.named_parameters():
+        theirs.out[1].weight.mul_(0.1), theirs.out[1].bias.mul_(0.1)
+        for name, weight in theirs.named_parameters():
             if name.endswith(("gamma", "beta")):  # initialised to zero, which would hide errors
                 weight.normal_(std=0.5)
     ours = WuerstchenPrior(**config)
-    ours.load_state_dict(reference.state_dict())
-    return ours, reference
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
 
 
 def inputs(batch=2, cells=24):
@@ -40,17 +37,17 @@ def inputs(batch=2, cells=24):
 
 
 def test_forward_equals_diffusers(pair):
-    ours, reference = pair
+    ours, theirs = pair
     with torch.no_grad():
-        assert relative(ours(*inputs()), reference(*inputs())) < 1e-5
+        assert relative(ours(*inputs()), theirs(*inputs())) < 1e-5
 
 
 def test_gradients_equal_diffusers(pair):
-    ours, reference = pair
+    ours, theirs = pair
     for model in pair:
         model.zero_grad()
         model(*inputs()).square().mean().backward()
-    expected = dict(reference.named_parameters())
+    expected = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         if name.endswith("to_k.bias"):
             # A shift of all keys shifts all scores equally: the gradient is zero up to rounding.
@@ -80,7 +77,7 @@ def test_published_size():
 def test_odd_embedding_is_padded_as_in_diffusers():
     config = {"c_in": 4, "c": 16, "c_cond": 8, "c_r": 7, "depth": 1, "nhead": 2}
     t = torch.tensor([0.0, 0.3, 1.0])
-    expected = Reference(**config).gen_r_embedding(t)
+    expected = reference.WuerstchenPrior(**config).gen_r_embedding(t)
     torch.testing.assert_close(embed_timestep(t, 7), expected, atol=1e-6, rtol=0)
 
 
@@ -125,7 +122,7 @@ def test_recomputing_keeps_less():
 def test_saves_what_diffusers_loads(tmp_path):
     ours = tiny.make_prior(dropout=0.0).eval()
     ours.save_pretrained(tmp_path)
-    theirs = Reference.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    theirs = reference.WuerstchenPrior.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
     x, t, text = torch.randn(1, 16, 3, 3), torch.rand(1), torch.randn(1, 77, 32)
     with torch.no_grad():
         assert relative(theirs(x, t, text), ours(x, t, text)) < 1e-5

@@ -20,7 +20,7 @@ from minwurst.step import diffusion, metrics, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.samples import Samples
-from tests import plain, tiny
+from tests import plain, reference, tiny
 from tests.conftest import (
     assert_bitwise_equal,
     command,
@@ -87,7 +87,7 @@ def test_the_loss_falls_and_captions_matter(wuerstchen, tmp_path, capsys):
 def test_equals_a_plain_loop(still_wuerstchen, tmp_path, objective):
     """Weights and their average after 4 steps."""
     out = train_here(still_wuerstchen, tmp_path, **plain.FLAGS, **objective)
-    prior = plain.Reference.from_pretrained(still_wuerstchen / "prior", low_cpu_mem_usage=False)
+    prior = reference.load_prior(still_wuerstchen / "prior")
     trained = dict(prior.train().named_parameters())
     average = plain.train(prior, list(trained.values()), still_wuerstchen, objective)
     assert_close_weights(weights(out / "checkpoint-4"), trained, 1e-5)
@@ -349,7 +349,7 @@ def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
 def test_result_is_the_average_in_the_hubs_layout(wuerstchen, tmp_path):
     """prior_pipeline/ contains the EMA weights and loads in diffusers as the README describes."""
     out = train_here(wuerstchen, tmp_path, use_ema=True, max_train_steps=6) / "prior_pipeline"
-    prior = plain.Reference.from_pretrained(out, subfolder="prior", low_cpu_mem_usage=False)
+    prior = reference.load_prior(out / "prior")
     average = load_file(tmp_path / "checkpoint-6" / "ema.safetensors")
     assert all(torch.equal(prior.state_dict()[name], average[name]) for name in average)
     last = weights(tmp_path / "checkpoint-6")
@@ -367,10 +367,10 @@ def test_result_makes_pictures_latents_in_diffusers(wuerstchen, tmp_path):
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
     out = train_here(wuerstchen, tmp_path) / "prior_pipeline"
-    pipeline = diffusers.WuerstchenPriorPipeline(
+    pipeline = reference.WuerstchenPriorPipeline(
         tokenizer=CLIPTokenizerFast.from_pretrained(out / "tokenizer"),
         text_encoder=CLIPTextModel.from_pretrained(out / "text_encoder"),
-        prior=plain.Reference.from_pretrained(out / "prior", low_cpu_mem_usage=False),
+        prior=reference.load_prior(out / "prior"),
         scheduler=diffusers.DDPMWuerstchenScheduler.from_pretrained(out / "scheduler"),
     )
     old = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 38)

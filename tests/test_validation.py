@@ -13,13 +13,13 @@ import train
 from minwurst import sample
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, parse
-from minwurst.edge import dataset, diffusers_pipelines, grids, models
+from minwurst.edge import dataset, grids, models
 from minwurst.run import validation
 from minwurst.step import diffusion, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.optimizer import NoEMA
 from minwurst.step.samples import Samples, collate
-from tests import tiny
+from tests import reference, tiny
 from tests.conftest import assert_bitwise_equal, flags, relative, train_here
 
 PROMPTS = ["a bear", "honey pot"]
@@ -88,11 +88,12 @@ def test_it_draws_with_the_exported_weights(wuerstchen, tmp_path, shown):
     looks = looking(wuerstchen, ema_decay=0.5, validation_steps=3, resolution=128)
     train_here(wuerstchen, tmp_path, **looks)
     assert [step for step, _ in shown] == [0, 3, 4]
-    pipeline = diffusers_pipelines.prior_pipeline(tmp_path / "prior_pipeline", wuerstchen)
+    pipeline = reference.prior_pipeline(tmp_path / "prior_pipeline")
     text = encode_text(pipeline.tokenizer, pipeline.text_encoder, ["a bear", ""])
     # Training uses 4×4 latents; 3×3 is the nearest size that can be decoded.
     noise = randomness.sampling_noise(7, randomness.image_key("a bear", 0), (16, 3, 3))
-    expected = diffusion.sample(lambda x, t, c: pipeline.prior(x, t, c), {"c": text}, noise)
+    predict_noise = diffusion.guided(lambda x, t, c: pipeline.prior(x, t, c), {"c": text})
+    expected = diffusion.sample(predict_noise, noise, diffusion.prior_times())
     assert relative(shown[-1][1][0], expected) < 1e-5
     assert relative(shown[0][1][0], expected) > 1e-3
 

@@ -15,12 +15,14 @@ import diffusers
 import torch
 
 from minwurst.base.settings import Settings
-from minwurst.edge import dataset, diffusers_pipelines, models
+from minwurst.edge import dataset, models
 from minwurst.miniature.text import make_text_encoder, make_tokenizer
 from minwurst.step import diffusion
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.prior import WuerstchenPrior
+from minwurst.step.stage_a import PaellaVQModel
+from minwurst.step.stage_b import WuerstchenDiffNeXt
 
 IMAGES = Path(__file__).parent / "pictures"
 STAGES = [
@@ -75,8 +77,7 @@ def make_image_encoder(rows):
 
 def make_decoder(folder, tokenizer):
     """Write Stages B and A, which decode 3×3 latents to 128×128 pixels, in the Hub's layout."""
-    kind = diffusers.WuerstchenDecoderPipeline
-    decoder = diffusers_pipelines.class_beside(kind, "WuerstchenDiffNeXt")(
+    decoder = WuerstchenDiffNeXt(
         c_in=4, c_out=4, c_r=16, patch_size=2, c_cond=32, c_hidden=[16, 16, 16, 16],
         nhead=[-1, 2, 2, 2], blocks=[1, 1, 1, 1], effnet_embd=16, clip_embd=16,
     )  # fmt: skip
@@ -87,9 +88,7 @@ def make_decoder(folder, tokenizer):
             torch.nn.init.normal_(weight, std=0.3)
     with torch.no_grad():
         decoder.clf[1].weight[16:].zero_(), decoder.clf[1].bias[16:].fill_(6.0)
-    vqgan = diffusers_pipelines.class_beside(kind, "PaellaVQModel")(
-        bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8
-    )
+    vqgan = PaellaVQModel(bottleneck_blocks=1, embed_dim=16, num_vq_embeddings=8)
     torch.nn.init.normal_(vqgan.out_block[0].weight, std=0.2)
     torch.nn.init.constant_(vqgan.out_block[0].bias, 0.5)
     decoder.save_pretrained(folder / "decoder")

@@ -6,16 +6,23 @@
 """
 
 import contextlib
+import functools
+import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from minwurst.base.console import progress
-from minwurst.edge import diffusers_pipelines
+from minwurst.base.errors import UserError
+from minwurst.edge import models
 from minwurst.step import diffusion
+from minwurst.step.encoders import encode_text
 from minwurst.step.images import unnormalise
 from minwurst.step.samples import batches
+from minwurst.step.stage_a import PaellaVQModel
+from minwurst.step.stage_b import WuerstchenDiffNeXt
 
 
 def size_of(module):
@@ -23,21 +30,61 @@ def size_of(module):
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
+def load_decoder(folder, dtype):
+    """(tokenizer, text encoder, Stage B, Stage A, latent_dim_scale) from the decoder's folder.
+
+    latent_dim_scale: the sides of Stage A's latents, as a multiple of the prior's.
+    """
+    models.check_decoder(folder)
+    folder = Path(folder)
+
+    def load(kind, part):
+        read = functools.partial(models.load_weights, kind, torch_dtype=dtype)
+        model = models.load_part(read, folder / part)
+        return model.requires_grad_(False).eval()
+
+    stage_b, stage_a = load(WuerstchenDiffNeXt, "decoder"), load(PaellaVQModel, "vqgan")
+    tokenizer, text_encoder = models.load_text(folder, dtype)
+    if stage_a.config.latent_channels != stage_b.config.c_in:
+        raise UserError(
+            f"{folder}: decoder/ works on {stage_b.config.c_in} channels, but vqgan/ on "
+            f"{stage_a.config.latent_channels}."
+        )
+    if text_encoder.config.hidden_size != stage_b.config.clip_embd:
+        raise UserError(
+            f"{folder}: text_encoder/ has width {text_encoder.config.hidden_size}, but decoder/ "
+            f"expects {stage_b.config.clip_embd}."
+        )
+    return tokenizer, text_encoder, stage_b, stage_a, latent_dim_scale(folder)
+
+
+def latent_dim_scale(folder):
+    """From the decoder's model_index.json, or the published 10.67 where there is none."""
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        return 10.67
+    try:
+        scale = json.loads(index.read_text(encoding="utf-8")).get("latent_dim_scale", 10.67)
+        assert isinstance(scale, int | float) and 0 < scale < 1000
+    except (OSError, ValueError, AttributeError, AssertionError):
+        raise UserError(f"{index} can't be read, or its latent_dim_scale is no number.") from None
+    return scale
+
+
 class FullDecoder:
-    """Würstchen's Stages B and A in diffusers' implementation: 12 steps, no guidance."""
+    """Würstchen's Stages B and A: 12 steps without guidance, then pixels."""
 
     def __init__(self, folder, device, half=False):
         """folder: has `decoder/`, `vqgan/`, `text_encoder/` and `tokenizer/`.
 
-        half: use fp16, except on a CPU, which is slow at it. Never bf16: diffusers keeps the
-        decoder's time in the type of its weights, and bf16 can't distinguish its steps.
+        half: use fp16, except on a CPU, which is slow at it.
         """
         self.device = device
-        dtype = torch.float16 if half and device.type != "cpu" else torch.float32
-        self.pipeline = diffusers_pipelines.decoder_pipeline(folder, dtype)
-        self.pipeline.set_progress_bar_config(disable=True)
-        parts = (self.pipeline.decoder, self.pipeline.vqgan, self.pipeline.text_encoder)
-        self.nbytes = sum(size_of(part) for part in parts)
+        self.dtype = torch.float16 if half and device.type != "cpu" else torch.float32
+        parts = load_decoder(folder, self.dtype)
+        self.tokenizer, self.text_encoder, self.stage_b, self.stage_a, self.scale = parts
+        self.modules = self.text_encoder, self.stage_b, self.stage_a
+        self.nbytes = sum(map(size_of, self.modules))
 
     @staticmethod
     def latent_size(wanted):
@@ -50,20 +97,34 @@ class FullDecoder:
     @contextlib.contextmanager
     def on_device(self):
         """Use as a context manager: the decoder is on the device inside, in CPU memory outside."""
-        self.pipeline.to(self.device)
+        for module in self.modules:
+            module.to(self.device)
         try:
             yield
         finally:
-            self.pipeline.to("cpu", silence_dtype_warnings=True)
+            for module in self.modules:
+                module.to("cpu")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    @torch.no_grad()
     def __call__(self, latents, prompt, generator):
         """One RGB image. latents: (1, 16, h, w), scaled as the prior's. generator: for noise."""
-        encoded = diffusion.unscale_latents(latents)
-        encoded = encoded.to(self.device, self.pipeline.decoder.dtype)
-        with diffusers_pipelines.quiet():  # a long prompt has been reported already
-            return self.pipeline(encoded, prompt, generator=generator).images[0]
+        effnet = diffusion.unscale_latents(latents).to(self.device)
+        clip = encode_text(self.tokenizer, self.text_encoder, [prompt])
+        times, channels = diffusion.stage_b_times(), self.stage_b.config.c_in
+        height, width = (int(side * self.scale) for side in latents.shape[-2:])
+        noise = [torch.randn(1, channels, height, width, generator=generator) for _ in times]
+        half = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+        def predict_noise(x, t):
+            return self.stage_b(x, t, effnet, clip)
+
+        with half:
+            x = diffusion.sample(predict_noise, torch.stack(noise).to(self.device), times)
+            image = self.stage_a.decode(x * self.stage_a.config.scale_factor)[0].float()
+        pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8)                   # (3, H, W)
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 class PreviewDecoder:

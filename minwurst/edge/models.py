@@ -4,8 +4,7 @@
     prior = load_prior(parts.prior)
     encoders = make_encoders(parts, 768, torch.bfloat16, device)
 
-Parts are loaded one by one because the Hub's Würstchen pipelines have not loaded as a whole since
-diffusers 0.38. Only safetensors and JSON files are read: no pickle, no remote code.
+Only safetensors and JSON files are read: no pickle, no remote code.
 """
 
 import dataclasses

@@ -28,7 +28,6 @@ from minwurst.base.console import progress
 from minwurst.base.settings import Settings
 from minwurst.edge import dataset, lora_file, models
 from minwurst.edge.decoders import FullDecoder
-from minwurst.edge.diffusers_pipelines import decoder_pipeline
 from minwurst.edge.grids import grid
 from minwurst.miniature import IMAGES, WEIGHTS
 from minwurst.miniature.world import SHIPPED, STYLES, read_world
@@ -103,8 +102,8 @@ def generate(prior, names, guidance, seed):
     noise = [
         randomness.sampling_noise(seed, randomness.image_key(name, 0), (16, 6, 6)) for name in names
     ]
-    condition = {"text": torch.cat([states[:-1], empty])}
-    return diffusion.sample(prior, condition, torch.cat(noise, dim=1), guidance)
+    predict_noise = diffusion.guided(prior, {"text": torch.cat([states[:-1], empty])}, guidance)
+    return diffusion.sample(predict_noise, torch.cat(noise, dim=1), diffusion.prior_times())
 
 
 @torch.no_grad()
@@ -135,15 +134,15 @@ def evaluate(prior, world, style, seed, guidance=4.0):
 
 def sizes():
     """Print the parts with their parameters and outputs."""
-    decoder = decoder_pipeline(WEIGHTS / "decoder")
+    decoder = FullDecoder(WEIGHTS / "decoder", torch.device("cpu"))
     tokenizer, text_encoder = models.load_text(WEIGHTS, torch.float32)
     states = f"{tokenizer.model_max_length} × {text_encoder.config.hidden_size}"
     image_encoder = models.load_image_encoder(WEIGHTS / "image_encoder")
     parts = (
         ("text encoder", text_encoder, states),
         ("Stage C, the prior", load_prior(), "16×6×6"),
-        ("Stage B", decoder.decoder, "4×64×64"),
-        ("Stage A", decoder.vqgan, "3×256×256"),
+        ("Stage B", decoder.stage_b, "4×64×64"),
+        ("Stage A", decoder.stage_a, "3×256×256"),
         ("image encoder (training only)", image_encoder, "16×6×6"),
     )
     print("| part | parameters | output |")

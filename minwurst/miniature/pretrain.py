@@ -25,7 +25,6 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from minwurst.edge.diffusers_pipelines import DECODER, class_beside
 from minwurst.miniature import IMAGES, WEIGHTS, WORLD
 from minwurst.miniature.emoji import INPUT, SIDE, load_images, normalised, save_images, shrink
 from minwurst.miniature.text import make_text_encoder, make_tokenizer
@@ -34,6 +33,8 @@ from minwurst.miniature.world import SHIPPED, read_world, save_world
 from minwurst.step import diffusion
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.prior import WuerstchenPrior
+from minwurst.step.stage_a import PaellaVQModel
+from minwurst.step.stage_b import WuerstchenDiffNeXt
 
 STAGES = [
     ["fused", 1, 3, 1, 16, 1], ["fused", 4, 3, 2, 32, 1], ["fused", 4, 3, 2, 48, 2],
@@ -44,7 +45,7 @@ STAGES = [
 def make_stage_a(work, images, steps, every=500):
     """Stage A, on crops, because it is purely convolutional."""
     torch.manual_seed(SEED)
-    vqgan = class_beside(DECODER, "PaellaVQModel")(
+    vqgan = PaellaVQModel(
         embed_dim=96, bottleneck_blocks=2, latent_channels=4, num_vq_embeddings=8, scale_factor=1.0
     )
 
@@ -53,7 +54,7 @@ def make_stage_a(work, images, steps, every=500):
         x, y = torch.randint(SIDE - 127, (2,)).tolist()
         crop = some[:, :, y : y + 128, x : x + 128].float() / 255
         crop = crop.flip(3) if step % 2 else crop
-        again = vqgan(crop).sample.float()
+        again = vqgan(crop).float()
         return F.l1_loss(again, crop) + 2 * F.mse_loss(again, crop)
 
     train(work, "stage_a", vqgan, loss_of, steps=steps, learning_rate=2e-3, every=every)
@@ -106,7 +107,7 @@ def encode(encoder, images):
 
 def stage_a_latents(vqgan, images):
     """Stage A's latents of all images, (N, 4, 64, 64)."""
-    return in_parts(lambda part: vqgan.encode(part.float() / 255).latents, images)
+    return in_parts(lambda part: vqgan.encode(part.float() / 255), images)
 
 
 def make_stage_b(work, vqgan, encoder, images, steps):
@@ -118,7 +119,7 @@ def make_stage_b(work, vqgan, encoder, images, steps):
     torch.manual_seed(SEED)
     wanted = stage_a_latents(vqgan, images) / vqgan.config.scale_factor
     given = encode(encoder, images)
-    decoder = class_beside(DECODER, "WuerstchenDiffNeXt")(
+    decoder = WuerstchenDiffNeXt(
         c_in=4, c_out=4, c_r=64, patch_size=4, c_cond=64, c_hidden=[128, 192], nhead=[-1, -1],
         blocks=[3, 3], level_config=["CT", "CT"], inject_effnet=[True, True], effnet_embd=16,
         clip_embd=64, dropout=0.0,
@@ -202,7 +203,7 @@ def main():
     )  # fmt: skip
     given = parser.parse_args()
     if given.compile:
-        for kind in (WuerstchenPrior, class_beside(DECODER, "WuerstchenDiffNeXt")):
+        for kind in (WuerstchenPrior, WuerstchenDiffNeXt):
             kind.forward = torch.compile(kind.forward)
     given.work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

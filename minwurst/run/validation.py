@@ -192,7 +192,8 @@ def generate_latents(model, condition, shape, *, seed, key, guidance=4.0):
     """
     device = next(iter(condition.values())).device
     noise = randomness.sampling_noise(seed, key, shape).to(device)
-    return diffusion.sample(model, condition, noise, guidance)
+    predict_noise = diffusion.guided(model, condition, guidance)
+    return diffusion.sample(predict_noise, noise, diffusion.prior_times())
 
 
 class HeldOutLoss:

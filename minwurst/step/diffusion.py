@@ -2,7 +2,7 @@
 
     noisy = add_noise(latents, noise, t)                    # what the loop trains on
     error = (prior(noisy, t, **condition) - target(latents, noise, t)).square()
-    latents = sample(prior, condition, noise)               # from noise to the latents of an image
+    latents = sample(guided(prior, condition), noise, prior_times())      # from noise to latents
 
 Time runs from t = 0, the clean latents, to t = 1, pure noise. ᾱ(t) is the fraction of the signal's
 variance that is left at t (Nichol, Dhariwal 2021, arXiv 2102.09672, eq. 17), and ᾱ/(1−ᾱ) is the
@@ -134,8 +134,8 @@ def reverse_step(x, noise, t, t_next, z):
     return mean + spread * z * per_sample((t_next != 0).float(), x)
 
 
-def sampling_times():
-    """The 30 times that sampling visits, (30,): 20 in the noisiest third, 10 more down to 0.
+def prior_times():
+    """The 30 times that sampling Stage C visits, (30,): 20 in the noisiest third, 10 more to 0.
 
     An image's composition is settled early, which is why the authors take small steps there. The
     published pipelines call these times DEFAULT_STAGE_C_TIMESTEPS.
@@ -145,21 +145,36 @@ def sampling_times():
     return torch.cat([noisiest, rest[1:]]).float()
 
 
-@torch.no_grad()
-def sample(model, condition, noise, guidance=4.0):
-    """Generate latents (B, 16, H, W), scaled as the prior's, from noise at t = 1.
+def stage_b_times():
+    """The 13 times that sampling Stage B visits, evenly spaced."""
+    return torch.linspace(1, 0, 13)
 
-    model(x, t, **condition): the prior. condition: {name: (2B, …)}, the rows of B prompts followed
-    by those of B empty captions. noise: (30, B, 16, H, W) fp32, the start and then the fresh noise
-    of each of the 29 steps (the last is not used). guidance: 1 follows the prompt as trained; above
-    1 exaggerates the difference that the prompt makes to the prediction (Ho, Salimans 2022, arXiv
-    2207.12598, eq. 6 with w = guidance − 1).
+
+@torch.no_grad()
+def sample(predict_noise, noise, times):
+    """Walk from noise at t = 1 to a sample at t = 0, in fp32, with Stage C or Stage B.
+
+    predict_noise(x, t): x (B, …) at times t (B,) → the noise in x. noise: (T, B, …) fp32, the start
+    and then the fresh noise of each step (the last is not used). times: (T,) fp32, from 1 to 0.
     """
-    times = sampling_times().to(noise.device)                                        # (30,)
-    x = noise[0]                                                                # (B, 16, H, W)
+    x, times = noise[0], times.to(noise.device)
     for t, t_next, z in zip(times[:-1], times[1:], noise[1:], strict=True):
         t, t_next = t.expand(len(x)), t_next.expand(len(x))                          # (B,)
-        both, twice = torch.cat([x, x]), torch.cat([t, t])                # (2B, 16, H, W), (2B,)
-        with_text, without = predicted_noise(model(both, twice, **condition), both, twice).chunk(2)
-        x = reverse_step(x, without + guidance * (with_text - without), t, t_next, z)
+        x = reverse_step(x, predict_noise(x, t).float(), t, t_next, z)
     return x
+
+
+def guided(prior, condition, guidance=4.0):
+    """What `sample` takes as predict_noise for the prior with classifier-free guidance.
+
+    prior(x, t, **condition). condition: {name: (2B, …)}, the rows of B prompts followed by those of
+    B empty captions. guidance: 1 follows the prompt as trained; above 1 exaggerates the difference
+    that the prompt makes (Ho, Salimans 2022, arXiv 2207.12598, eq. 6 with w = guidance − 1).
+    """
+
+    def predict_noise(x, t):
+        both, twice = torch.cat([x, x]), torch.cat([t, t])                # (2B, 16, H, W), (2B,)
+        with_text, without = predicted_noise(prior(both, twice, **condition), both, twice).chunk(2)
+        return without + guidance * (with_text - without)
+
+    return predict_noise

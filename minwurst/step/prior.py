@@ -78,6 +78,8 @@ class Attention(nn.Module):
 
     def __init__(self, c, nhead, dropout):
         super().__init__()
+        if nhead < 1 or c % nhead:
+            raise ValueError(f"{c} channels can't be divided among {nhead} heads")
         self.nhead = nhead
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.Sequential(nn.Linear(c, c), nn.Dropout(dropout))
@@ -94,11 +96,12 @@ class Attention(nn.Module):
 class AttnBlock(nn.Module):
     """Every pixel attends to all pixels and all text tokens, in one attention."""
 
-    def __init__(self, c, nhead, dropout):
+    def __init__(self, c, nhead, dropout, c_cond=None):
+        """c_cond: width of the text, if not c."""
         super().__init__()
         self.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(c, nhead, dropout)
-        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond or c, c))
 
     def forward(self, x, time, text):
         words = self.kv_mapper(text)                                               # (B, L, C)
