@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-ROWS = 2**18  # pixels per pass of the widest layers, when no gradient is needed
+ROWS = 2**15  # pixels per pass of the widest layers, when no gradient is needed
 
 
 class MixingResidualBlock(nn.Module):
