@@ -42,8 +42,9 @@ def stage_b():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cells", [(12, 12), (18, 18), (21, 27)], ids=str)
+@pytest.mark.parametrize("cells", [(6, 9)], ids=str)
 def test_stage_b_predicts_the_same(stage_b, cells):
+    """Larger grids, and other odd ones, are in test_decoders.py, with a smaller decoder."""
     ours, theirs = (model.eval() for model in stage_b)
     height, width = (int(side * 10.67) for side in cells)
     x, effnet = torch.randn(1, 4, height, width), torch.randn(1, 16, *cells)
@@ -134,42 +135,35 @@ def test_initial_weights_and_files(tmp_path, name, ours, config):
 
 
 BLOCKED = """
-import sys
+import runpy, sys
 class Gone:
     def find_spec(self, name, path=None, target=None):
         if name.startswith("diffusers.pipelines.") and ("deprecated" in name or "wuerst" in name):
             raise ImportError(f"{name} is gone")
 sys.meta_path.insert(0, Gone())
-import runpy
-sys.argv = sys.argv[1:]
-if sys.argv[0].endswith(".py"):
-    runpy.run_path(sys.argv[0], run_name="__main__")
-else:
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+for command in sys.argv[1:]:
+    sys.argv = command.split()
+    run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
+    run(sys.argv[0], run_name="__main__")
+import diffusers
+diffusers.WuerstchenPriorPipeline
 """
 
 
 @pytest.mark.slow
 def test_it_all_works_without_diffusers_wuerstchen(tmp_path):
-    def run(*words):
-        command = [sys.executable, "-c", BLOCKED, *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    for script, name in (("train.py", "full"), ("lora.py", "lora")):
-        printed = run(script, "--demo", "--max_train_steps=2", f"--output_dir={tmp_path / name}")
-        assert "images before and after: " in printed
-    for kind, name in (("prior", "full"), ("lora", "lora")):
-        file = tmp_path / f"{name}.png"
-        flag = f"--{kind}={tmp_path / name}"
-        run("minwurst.sample", "--prompt=rocket", flag, f"--output={file}")
-        assert file.is_file()
-    printed = run("minwurst.miniature.measure", "sizes")
-    assert "| Stage A |" in printed
-    with pytest.raises(AssertionError, match="is gone"):  # it is really out of reach
-        (tmp_path / "check.py").write_text("import diffusers; diffusers.WuerstchenPriorPipeline")
-        run(tmp_path / "check.py")
+    """Train and sample with both scripts in a process where nothing can import it."""
+    short = "--demo --max_train_steps=2 --train_batch_size=2 --validation_prompts rocket"
+    commands = [f"{s}.py {short} --output_dir={tmp_path / s}" for s in ("train", "lora")]
+    for script, kind in (("train", "prior"), ("lora", "lora")):
+        output = tmp_path / f"{script}.png"
+        where = f"--{kind}={tmp_path / script} --output={output}"
+        commands.append(f"minwurst.sample --prompt rocket {where}")
+    words = [sys.executable, "-c", BLOCKED, *commands]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("images before and after: ") == 2, done.stderr
+    assert all((tmp_path / f"{script}.png").is_file() for script in ("train", "lora"))
+    assert done.returncode and "is gone" in done.stderr  # it was really out of reach
 
 
 # ---- Bad folders.
