@@ -83,7 +83,7 @@ def main(settings):
 
     # What watches: memory and disk before the first step, then non-finite numbers, log, validation.
     run.announce(prior, source)
-    guard = FiniteGuard(fp16=scaler.is_enabled(), samples=samples, layout=run.layout)  # names rows
+    guard = FiniteGuard(scaler.is_enabled(), samples, run.layout, trainable, run.step or None)
     log = open_log(run)
     evaluated = EvaluationModel(prior, ema, autocast)  # without DDP; with averaged weights, if any
     validate = Validation(run, data, source, evaluated, log)

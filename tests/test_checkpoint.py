@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minwurst.base.errors import UserError
 from minwurst.edge import files
@@ -25,7 +26,7 @@ def names(folder):
 
 def test_goes_round(tmp_path):
     groups, state = checkpoint.load(save(tmp_path, 5))
-    assert state == {"step": 5}
+    assert state == {"step": 5, "groups": ["weights"]}
     assert groups.keys() == {"weights"}  # an empty group needs no file
     assert all(torch.equal(groups["weights"][name], GROUPS["weights"][name]) for name in "ab")
     assert names(tmp_path / "checkpoint-5") == [
@@ -120,7 +121,7 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path, monkeypatch):
         raise Killed
 
     for module, name in (
-        (checkpoint, "save_file"), (checkpoint, "describe"), (files, "flush"),
+        (checkpoint, "write_tensors"), (checkpoint, "describe"), (files, "flush"),
         (checkpoint, "delete"),
     ):  # fmt: skip
         with monkeypatch.context() as patched:
@@ -139,10 +140,70 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(UserError, match="checkpoint-2 was not written: .*No space left.* 32 bytes"):
         save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_never_saved(tmp_path, number):
+    """Nothing is written, renamed or rotated."""
+    save(tmp_path, 1), save(tmp_path, 2)
+    groups = {**GROUPS, "ema": {"c": torch.tensor([1.0, number])}}
+    with pytest.raises(UserError, match=r"c is not finite \(ema\), .* nothing was saved"):
+        checkpoint.save(tmp_path, 3, groups, {}, keep=1)
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def drop_from_manifest(folder, name):
+    file = folder / checkpoint.MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest[name]
+    file.write_text(json.dumps(manifest))
+
+
+def test_only_what_the_manifest_names_is_read(tmp_path):
+    """A file manager's leftovers and other files are no part of a checkpoint."""
+    folder = save(tmp_path, 5)
+    (folder / "._weights.safetensors").write_bytes(b"resource fork")
+    (folder / "notes.safetensors").write_bytes(b"garbage")
+    assert checkpoint.find("latest", tmp_path) == folder
+    assert checkpoint.load(folder)[0].keys() == {"weights"}
+
+
+@pytest.mark.parametrize("name", ["../other/x.safetensors", "/etc/passwd", "a/b.json", ".x.json"])
+def test_names_stay_in_the_folder(tmp_path, name):
+    folder = save(tmp_path, 5)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest[name] = manifest["weights.safetensors"]
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert checkpoint.damage(folder) == f"its manifest.json lists {name}"
+
+
+def test_a_file_that_the_manifest_lacks_is_missed(tmp_path):
+    checkpoint.save(tmp_path, 5, {**GROUPS, "optimizer": {"a.step": torch.ones(1)}}, {})
+    folder = tmp_path / "checkpoint-5"
+    drop_from_manifest(folder, "optimizer.safetensors")
+    assert checkpoint.damage(folder) == "its manifest.json lacks optimizer.safetensors"
+
+
+def test_files_are_safetensors(tmp_path):
+    """Written by hand, read by the library, with any type, shape and memory layout."""
+    base = torch.randn(6, 5)
+    tensors = {
+        "transposed": base.T, "part": base[1:3, ::2], "scalar": torch.tensor(3.5), "same": base,
+        "empty": torch.zeros(0, 3), "half": base.to(torch.bfloat16),
+        "large": torch.randn(5_000_000),
+        "ints": torch.arange(7), "bytes": torch.arange(9, dtype=torch.uint8),
+        "ünï": torch.tensor([True, False]),
+    }  # fmt: skip
+    name, description = checkpoint.write_tensors(tmp_path / "x.safetensors", tensors)
+    assert name == "x.safetensors" and description == files.describe(tmp_path / name)
+    found = load_file(tmp_path / name)
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype, key
 
 
 def test_find(tmp_path):

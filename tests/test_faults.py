@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from minwurst.base.errors import UserError
-from minwurst.edge import lora_file, models
+from minwurst.edge import dataset, lora_file, models
+from minwurst.edge.good_rows import GoodRows
 from minwurst.run import run
 from minwurst.step import randomness
 from minwurst.step.images import open_image
@@ -227,6 +228,68 @@ def test_pictures_stay_in_their_data_sets_folder(tmp_path, path):
             tiny.rows(dataset_name=str(folder / "bad.parquet"))
         (row,) = tiny.rows(dataset_name=str(folder / "good.parquet"))
         assert open_image(row).size == (8, 8)
+
+
+def test_a_link_that_leads_outside_is_refused(tmp_path):
+    """The data set's own folder may be a link; its images may not lead elsewhere."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for file in (tmp_path / "secret.png", folder / "good.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    (folder / "metadata.jsonl").write_text('{"file_name": "good.png", "text": "a"}\n')
+    (tmp_path / "link").symlink_to(folder)
+    assert len(tiny.rows(train_data_dir=str(tmp_path / "link"))) == 1
+    (folder / "bad.png").symlink_to(tmp_path / "secret.png")
+    with open(folder / "metadata.jsonl", "a") as opened:
+        opened.write('{"file_name": "bad.png", "text": "b"}\n')
+    with pytest.raises(UserError, match="Row [01]: its image .*bad.png is outside the data set's"):
+        tiny.rows(train_data_dir=str(folder))
+
+
+def test_a_pipe_among_the_images_does_not_hang(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "good.png")
+    rows = [{"path": str(folder / name), "bytes": None} for name in ("good.png", "pipe.png")]
+    os.mkfifo(folder / "pipe.png")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict({"image": rows, "text": ["a", "b"]}, features)
+    pq.write_table(table.data.table, folder / "rows.parquet")
+    rows = tiny.rows(dataset_name=str(folder / "rows.parquet"))
+    with pytest.raises(UserError, match=r"Row 1 .*pipe.png\): can't read the image: there is no"):
+        dataset.check_rows(rows, GoodRows(tmp_path / "good_rows.json", rows))
+
+
+@pytest.mark.parametrize("file", [".lock", "run.json", "good_rows.json"])
+def test_files_in_the_way_are_one_line_or_none(wuerstchen, few, tmp_path, file, capsys):
+    (tmp_path / file).mkdir()
+    settings = {"train_data_dir": None, "dataset_name": few, "max_train_steps": 1}
+    if file == "good_rows.json":  # it only saves time
+        train_here(wuerstchen, tmp_path, **settings)
+        assert "good_rows.json was not written" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=file):
+            train_here(wuerstchen, tmp_path, **settings)
+
+
+def test_a_model_that_has_died_is_neither_saved_nor_exported(wuerstchen, few, tmp_path):
+    """Adam with epsilon 0 turns weights whose gradient is 0 into NaN, after the step's check."""
+    settings = {"train_data_dir": None, "dataset_name": few, "checkpointing_steps": 1}
+    for script in ("train.py", "lora.py"):
+        with pytest.raises(UserError, match="is not finite .*training has failed and nothing was"):
+            train_here(wuerstchen, tmp_path / script, script, **settings, adam_epsilon=0)
+        assert not list((tmp_path / script).glob("*.safetensors"))
+        assert not list((tmp_path / script).glob("*checkpoint*"))
+
+
+def test_a_checkpoint_of_dead_weights_is_named_as_the_cause(wuerstchen, few, tmp_path):
+    """Enormous but finite weights are saved; the first step after resuming tells."""
+    settings = {"train_data_dir": None, "dataset_name": few, "checkpointing_steps": 1}
+    settings |= {"learning_rate": 1e30, "max_train_steps": 1}
+    train_here(wuerstchen, tmp_path, **settings)
+    settings |= {"max_train_steps": 2, "learning_rate": 1e-4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="Step 2: .*first step after resuming.*earlier checkpoint"):
+        train_here(wuerstchen, tmp_path, **settings)
 
 
 def test_ranks_leave_out_the_same_rows(warm, wuerstchen, few, tmp_path):

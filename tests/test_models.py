@@ -114,9 +114,11 @@ def test_bad_weights_are_named(copy, change):
         file.write_bytes(file.read_bytes()[:1000])
     elif change == "no weights":
         file.unlink()
-    said = {"missing": "out.1.weight", "unexpected": "stranger", "shape": "out.1.weight"}.get(
-        change, "prior"
-    )
+    said = {
+        "missing": "missing keys: out.1.weight", "unexpected": "unexpected keys: stranger",
+        "shape": r"mismatched out.1.weight: \[3, 64, 1, 1\], not \[32, 64, 1, 1\]",
+        "truncated": "diffusion_pytorch_model.safetensors: ", "no weights": "no .safetensors file",
+    }[change]  # fmt: skip
     with pytest.raises(UserError, match=f"prior can't be loaded: .*{said}"):
         models.load_prior(copy)
 
@@ -157,3 +159,77 @@ def test_names_that_lead_nowhere():
         UserError, match="--image_encoder_name_or_path some/repo: .*Hub.*Give a local"
     ):
         models.locate("image_encoder_name_or_path", "some/repo")
+
+
+def edit(file, change):
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+CONFIGS = {
+    "no JSON": ("{", "Expecting property name"),
+    "a list": ("[1]", "config.json is not a JSON object"),
+    "absurdly wide": ({"c": 10**12}, "c is 1000000000000, which is not possible"),
+    "absurdly deep": ({"depth": 10**9}, "depth is 1000000000, which is not possible"),
+    "negative": ({"c": -3}, "c is -3, which is not possible"),
+    "impossible heads": ({"nhead": 5}, "64 channels can't be divided among 5 heads"),
+    "text for a number": ({"depth": "two"}, "'str' object"),
+    "another model": ({"_class_name": "UNet2DModel"}, "it is a UNet2DModel, not a WuerstchenPrior"),
+    "fewer blocks": ({"depth": 1}, "unexpected keys: blocks.3."),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configs_from_anybody(copy, kind):
+    content, said = CONFIGS[kind]
+    file = copy / "prior" / "config.json"
+    if isinstance(content, dict):
+        edit(file, lambda config: config.update(content))
+    else:
+        file.write_text(content)
+    with pytest.raises(UserError, match=f"prior can't be loaded: .*{said}") as error:
+        models.check_fit(tiny.parts(copy))
+        models.prior_sizes(copy / "prior")
+        models.load_prior(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_entries_of_a_config_are_said(copy, capsys):
+    edit(copy / "prior" / "config.json", lambda config: config.update(attention="linear"))
+    models.load_prior(copy)
+    assert "config.json: unknown entries are ignored: attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["prior", "image_encoder", "text_encoder"])
+@pytest.mark.parametrize("kind", ["nan", "int", "complex"])
+def test_weights_of_another_kind_are_named_by_their_file(copy, part, kind):
+    name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    file = copy / part / f"{name}.safetensors"
+    tensors = load_file(file)
+    key = next(key for key, tensor in tensors.items() if tensor.dim() == 2 or "mapper.0" in key)
+    tensor = tensors[key]
+    tensors[key] = {
+        "nan": tensor * float("nan"), "int": tensor.to(torch.int8),
+        "complex": tensor.to(torch.complex64),
+    }[kind]  # fmt: skip
+    save_file(tensors, file, metadata={"format": "pt"})
+    load = {
+        "prior": models.load_prior, "text_encoder": lambda f: models.load_text(f, torch.float32),
+        "image_encoder": lambda f: models.load_image_encoder(f / "image_encoder"),
+    }[part]  # fmt: skip
+    said = "is not finite" if kind == "nan" else "has type torch"
+    with pytest.raises(UserError, match=f"{part} can't be loaded: {file.name}: {key} {said}"):
+        load(copy)
+
+
+def test_an_empty_tokenizer(copy):
+    edit(
+        copy / "tokenizer" / "tokenizer_config.json",
+        lambda config: config.update(model_max_length=10**30),
+    )
+    with pytest.raises(UserError, match="tokenizer: .* do not fit the text encoder"):
+        models.load_text(copy, torch.float32)
+    (copy / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer"):
+        models.load_text(copy, torch.float32)

@@ -41,6 +41,7 @@ CASES = {
     "SIGTERM": ([["step", 3, TERM]], 143, [3], "SIGTERM: saved and stopped"),
     "Ctrl-C": ([["step", 3, INT]], 130, [3], "SIGINT: saved and stopped"),
     "twice SIGTERM": ([["step", 3, TERM, TERM]], 143, [3], "SIGTERM: saved and stopped"),
+    "SIGHUP": ([["step", 3, signal.SIGHUP]], 129, [3], "SIGHUP: saved and stopped"),
     "both": ([["step", 3, INT, USR1, TERM]], 143, [3], "SIGTERM: saved and stopped"),
     "twice Ctrl-C": ([["step", 3, INT], ["step", 4, INT], ["save", 1, INT]], -2, [], "Again to"),
     "SIGUSR1": ([["step", 3, USR1]], 0, [3, 6], "done: "),
@@ -68,6 +69,24 @@ def test_a_signal_at_any_time(warm, wuerstchen, few, whole, tmp_path, name):
     found, printed = warm.run(script, words)
     assert found == 0 and steps(tmp_path)[-1] == 6, printed
     assert_bitwise_equal(whole / script / "checkpoint-6", tmp_path / "checkpoint-6")
+
+
+def test_under_nohup_the_run_goes_on(warm, wuerstchen, few, whole, tmp_path):
+    words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few)
+    faults = [["load", 1, "nohup"], ["step", 3, signal.SIGHUP]]
+    code, printed = warm.run("train.py", words, faults)
+    assert (code, steps(tmp_path)) == (0, [6]), printed
+    assert_bitwise_equal(whole / "train.py" / "checkpoint-6", tmp_path / "checkpoint-6")
+
+
+def test_a_console_that_goes_away_costs_nothing(wuerstchen, few, tmp_path):
+    """The reader of a pipe leaves after two lines; the run ends as it should."""
+    words = flags(wuerstchen, tmp_path, **SHORT, dataset_name=few, logging_steps=1)
+    process = start(sys.executable, "-u", "train.py", *words)
+    assert "minwurst on" in process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert steps(tmp_path) == [6] and (tmp_path / "prior_pipeline").is_dir()
 
 
 @pytest.mark.parametrize(("number", "code", "saved"), [(TERM, 143, [3]), (USR1, 0, [3, 6])])

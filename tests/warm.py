@@ -133,8 +133,8 @@ def send(place, call, *numbers):
     """Send signals to the whole session when PLACES[place] is called for the call-th time.
 
     A separate process sends them, as in real use: workers distinguish signals from their trainer
-    from others. Instead of a signal, "nan" turns the function's result into NaN, and "raise"
-    raises an error.
+    from others. Instead of a signal, "nan" turns the function's result into NaN, "raise" raises an
+    error, and "nohup" ignores SIGHUP from then on.
     """
     module, name = PLACES[place]
     function, calls = getattr(module, name), []
@@ -145,6 +145,9 @@ def send(place, call, *numbers):
         if len(calls) == call:
             if numbers == ("nan",):
                 return function(*arguments, **options) * float("nan")
+            if numbers == ("nohup",):
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                return function(*arguments, **options)
             if numbers == ("raise",):
                 raise RuntimeError("injected")
             for number in numbers:
@@ -169,8 +172,8 @@ class Operations:
         self.kill_at, self.count, self.depth = kill_at, 0, 0
         self.watch(checkpoint, "save"), self.watch(run_file, "write")
         self.watch(lora_file, "save"), self.watch(export, "save_pipeline")
-        self.wrap(os, "fsync"), self.wrap_writing(checkpoint, "save_file")
-        self.wrap_writing(lora_file, "save_file")
+        self.wrap(os, "fsync"), self.wrap_writing(lora_file, "save_file")
+        self.wrap_writing(checkpoint, "write_tensors", file_first=True)
         sys.addaudithook(self.heard)
 
     def heard(self, event, arguments):
@@ -212,18 +215,20 @@ class Operations:
 
         setattr(module, name, wrapped)
 
-    def wrap_writing(self, module, name):
+    def wrap_writing(self, module, name, file_first=False):
         function = getattr(module, name)
 
-        def wrapped(tensors, file, **options):
+        def wrapped(*words, **options):
+            file = words[0 if file_first else 1]
+
             def half():
-                function(tensors, file, **options)
+                function(*words, **options)
                 os.truncate(file, Path(file).stat().st_size // 2)
 
             if self.depth:
                 self.tick(f"write {file}")
                 self.tick(f"half of {file}", half)
-            return function(tensors, file, **options)
+            return function(*words, **options)
 
         setattr(module, name, wrapped)
 
@@ -242,7 +247,7 @@ if __name__ == "__main__":
 
     PLACES = {
         "load": (models, "load_prior"), "step": (randomness, "dropout_seed"),
-        "save": (checkpoint, "separate"), "export": (export, "write_parts"),
+        "save": (checkpoint, "check_finite"), "export": (export, "write_parts"),
         "noise": (diffusion, "add_noise"), "validate": (validation.Validation, "validate"),
         "measure": (validation.GenerateImages, "measure"),
         "decode": (decoders.FullDecoder, "__call__"),

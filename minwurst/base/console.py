@@ -1,10 +1,45 @@
 """Lines and progress bars on the console, from the main rank only."""
 
+import contextlib
+import os
 import sys
 
 from tqdm import tqdm
 
 from minwurst.base.ranks import is_main
+
+
+class Outlived:
+    """A stream whose end (a closed pipe or terminal, a full disk) does not end the program."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            self.drop()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.drop()
+
+    def drop(self):
+        """From now on, write to nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def outlive():
+    """Let the program continue when nobody can read what it prints any more."""
+    sys.stdout, sys.stderr = Outlived(sys.stdout), Outlived(sys.stderr)
 
 
 def say(text):

@@ -369,6 +369,8 @@ class Settings:
         """Raise UserError for values that no run can use."""
         check_limits(self)
         self.complete_objective()
+        if not self.output_dir:
+            raise UserError("--output_dir is empty.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
             raise UserError("--learning_rate must be above 1e-7, where polynomial schedules end.")
         if self.resolution < 32 or self.resolution % 32:

@@ -141,18 +141,24 @@ def read_table(settings, source, flag):
 
 
 def refuse_outside(rows, folders):
-    """UserError if a row's image is a file outside the data set's own folders.
+    """UserError if a row's image, followed through links, is outside the data set's folders.
 
     A table from somebody else could otherwise name any file on this machine to be trained on.
     """
-    ways = os.path.abspath, os.path.realpath
-    roots = {resolve(folder) for folder in folders for resolve in ways}
-    inside = tuple(os.path.join(root, "") for root in roots)
+    inside = tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)
+    real_folders = {}
     images = rows.data.column("image")
     paths, content = (pc.struct_field(images, field) for field in ("path", "bytes"))
     sizes = pc.fill_null(pc.binary_length(content), 0)
     for number, (path, size) in enumerate(zip(paths.to_pylist(), sizes.to_pylist(), strict=True)):
-        if path and not size and not os.path.abspath(path).startswith(inside):
+        if not path or size:
+            continue
+        folder, name = os.path.split(os.path.abspath(path))
+        if folder not in real_folders:
+            real_folders[folder] = os.path.realpath(folder)
+        real = os.path.join(real_folders[folder], name)
+        real = os.path.realpath(real) if os.path.islink(real) else real
+        if not real.startswith(inside):
             raise UserError(
                 f"Row {number}: its image {path} is outside the data set's folder {folders[0]}. "
                 "Move the images there, or store them in the table."
@@ -208,7 +214,8 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
                 open_image(row)
             return None, digest_of(row, captions)
         except (UserError, OSError) as error:
-            return (None, "") if row["number"] in skipped else (str(error), "")
+            line = str(error) if isinstance(error, UserError) else f"Row {row['number']}: {error}"
+            return (None, "") if row["number"] in skipped else (line, "")
 
     numbers = rows["number"][:]
     for number in sorted(skipped.difference(numbers)):
@@ -245,7 +252,8 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
 def digest_of(row, captions):
     """The SHA-256 of a row's image file and captions."""
     stored = row["image"] or {}
-    content = stored.get("bytes") or Path(stored["path"]).read_bytes()
-    content = hashlib.sha256(content)
+    if not stored.get("bytes") and not os.path.isfile(stored.get("path") or ""):
+        raise OSError("its image is gone")
+    content = hashlib.sha256(stored.get("bytes") or Path(stored["path"]).read_bytes())
     content.update("\0".join(captions).encode())
     return content.hexdigest()

@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import functools
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from minwurst.base.console import progress
 from minwurst.base.errors import UserError
-from minwurst.edge import models
+from minwurst.edge import models, networks
 from minwurst.step import diffusion
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import unnormalise
@@ -37,13 +36,8 @@ def load_decoder(folder, dtype):
     """
     models.check_decoder(folder)
     folder = Path(folder)
-
-    def load(kind, part):
-        read = functools.partial(models.load_weights, kind, torch_dtype=dtype)
-        model = models.load_part(read, folder / part)
-        return model.requires_grad_(False).eval()
-
-    stage_b, stage_a = load(WuerstchenDiffNeXt, "decoder"), load(PaellaVQModel, "vqgan")
+    stage_b = networks.load(WuerstchenDiffNeXt, folder / "decoder", dtype).requires_grad_(False)
+    stage_a = networks.load(PaellaVQModel, folder / "vqgan", dtype).requires_grad_(False)
     tokenizer, text_encoder = models.load_text(folder, dtype)
     if stage_a.config.latent_channels != stage_b.config.c_in:
         raise UserError(

@@ -13,7 +13,7 @@ import diffusers
 from safetensors import SafetensorError
 
 from minwurst.base.errors import UserError
-from minwurst.edge.files import replacing
+from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.edge.models import PATTERNS
 from minwurst.step import diffusion
 
@@ -26,13 +26,15 @@ def save_pipeline(prior, folder, text_folder):
 
     prior: fine-tuned. text_folder: has the base's text encoder and tokenizer.
     """
+    if name := not_finite(dict(prior.named_parameters())):
+        raise UserError(f"{name} is not finite, so training has failed; no result was written.")
     try:
         with replacing(folder) as draft:
             write_parts(draft, prior, text_folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{folder} was not written: {error}. Free some space; the last checkpoint is intact, "
-            "and --resume_from_checkpoint=latest writes the result from it."
+            f"{folder} was not written: {reason(error)} The last checkpoint is intact, and "
+            "--resume_from_checkpoint=latest writes the result from it."
         ) from None
     return Path(folder)
 

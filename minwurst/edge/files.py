@@ -8,6 +8,7 @@ at any moment leaves either the old file or the new one; an exception removes th
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -60,8 +61,29 @@ def remove(path):
 def flush(path):
     """Wait until the disk has a file's bytes, or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some file systems can't flush a folder
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(handle)
+
+
+def not_finite(tensors):
+    """The name of the first tensor with a number that is not finite, or None."""
+    for name, tensor in tensors.items():
+        # A sum is quick, and finite unless a number is not, or all are enormous.
+        suspicious = tensor.is_floating_point() and not tensor.sum().isfinite()
+        if suspicious and not tensor.isfinite().all():
+            return name
+    return None
+
+
+def reason(error):
+    """What an operating system's error means to the user, and what to do, in one sentence."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"{error}." + " Free some space." * full
 
 
 def describe(file):
@@ -76,8 +98,9 @@ def make_folder(path, flag="output_dir"):
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        trial = folder / f".writable-{secrets.token_hex(4)}"
+        trial.touch()
+        trial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--{flag} {path} is not writable: {error.strerror}.") from None
     return folder

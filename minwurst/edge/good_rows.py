@@ -8,12 +8,14 @@ the table that contains it. A file whose content changes while these stay the sa
 --recheck_data reads everything.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 
 import pyarrow.compute as pc
 
+from minwurst.base.console import say
 from minwurst.edge.files import replacing
 
 
@@ -23,11 +25,12 @@ class GoodRows:
     def __init__(self, file, rows):
         """rows: {"image": {"bytes", "path"}, "text", "number"}, with nothing decoded."""
         self.file, self.known, self.stamps = file, {}, {}
-        if file.is_file():
-            try:
-                self.known = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:  # it only saves time
-                self.known = {}
+        with contextlib.suppress(OSError, ValueError):  # it only saves time
+            known = json.loads(file.read_text(encoding="utf-8"))
+            self.known = {
+                name: entry for name, entry in known.items()
+                if isinstance(entry, list) and len(entry) == 2
+            } if isinstance(known, dict) else {}  # fmt: skip
         images, columns = rows.data.column("image"), ("number", "text")
         paths = pc.struct_field(images, "path").to_pylist()
         stored = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0).to_pylist()
@@ -68,8 +71,11 @@ class GoodRows:
                 found[name] = [stamp, digest]
         if any(self.known.get(name) != entry for name, entry in found.items()):
             self.known |= found
-            with replacing(self.file, unique=True, flushed=False) as draft:
-                draft.write_text(json.dumps(self.known), encoding="utf-8")
+            try:
+                with replacing(self.file, unique=True, flushed=False) as draft:
+                    draft.write_text(json.dumps(self.known), encoding="utf-8")
+            except OSError as error:
+                say(f"{self.file} was not written, and rows will be read again: {error}")
 
 
 def stamp_of(path):

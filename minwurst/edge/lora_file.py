@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minwurst.base.errors import UserError
-from minwurst.edge.files import replacing
+from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.edge.models import check_prediction
 from minwurst.step import diffusion
 from minwurst.step.adapter import adapters, add_adapter
@@ -43,6 +43,8 @@ def state_dict(prior):
 
 def save(prior, file):
     """Write the adapters to a file, and return its path; UserError if that fails."""
+    if name := not_finite(state_dict(prior)):
+        raise UserError(f"{name} is not finite, so training has failed; no result was written.")
     try:
         with replacing(file) as draft:
             metadata = {"format": "pt"}
@@ -51,7 +53,7 @@ def save(prior, file):
             save_file(state_dict(prior), draft, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{file} was not written: {error}. The last checkpoint is intact."
+            f"{file} was not written: {reason(error)} The last checkpoint is intact."
         ) from None
     return Path(file)
 
@@ -75,6 +77,8 @@ def read(file):
     except (SafetensorError, OSError) as error:
         raise UserError(f"LoRA {file} can't be read: {error}") from None
     check_prediction(metadata.get("prediction_type", "epsilon"), f"LoRA {file}")
+    if name := not_finite(tensors):
+        raise UserError(f"LoRA {file}: {name} is not finite.")
 
     factors = {}
     for key, tensor in tensors.items():
@@ -85,6 +89,8 @@ def read(file):
         pair = factors.setdefault(name.removesuffix(ending), {})
         if ENDINGS[ending] in pair:
             raise UserError(f"LoRA {file}: {key} occurs twice, under two names.")
+        if not tensor.is_floating_point():
+            raise UserError(f"LoRA {file}: {key} has type {tensor.dtype}.")
         pair[ENDINGS[ending]] = tensor.float()
     from_peft = any(key.startswith("base_model.model.") for key in tensors)
     scaling = scaling_of(file, metadata, from_peft)

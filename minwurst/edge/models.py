@@ -9,7 +9,6 @@ Only safetensors and JSON files are read: no pickle, no remote code.
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -18,10 +17,11 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 
 from minwurst.base.errors import UserError
+from minwurst.edge import networks
 from minwurst.edge.files import describe
+from minwurst.edge.networks import load_part
 from minwurst.step import diffusion
 from minwurst.step.encoders import Encoders
 from minwurst.step.image_encoder import EfficientNetEncoder
@@ -153,7 +153,7 @@ def check_decoder(folder):
 def check_fit(parts):
     """UserError if the widths of prior, text encoder and image encoder differ."""
     (channels, *_), (_, width) = encoded_shapes(parts, 32)
-    config = load_part(WuerstchenPrior.load_config, parts.prior)
+    config = prior_sizes(parts.prior)
     if width != config["c_cond"]:
         raise UserError(
             f"The text encoder has width {width}, but the prior expects {config['c_cond']}."
@@ -168,7 +168,7 @@ def check_fit(parts):
 def encoded_shapes(parts, side):
     """((16, R/32, R/32), (77, D)): of an image of side R and of a caption, by the configs."""
     text = load_part(transformers.CLIPTextConfig.from_pretrained, parts.text / "text_encoder")
-    channels = load_part(EfficientNetEncoder.load_config, parts.image_encoder)["c_latent"]
+    channels = networks.config_of(EfficientNetEncoder, parts.image_encoder)["c_latent"]
     return (channels, side // 32, side // 32), (text.max_position_embeddings, text.hidden_size)
 
 
@@ -180,8 +180,8 @@ def encoded_bytes(parts, side, text_type):
 
 def prior_sizes(folder):
     """The sizes in the prior's config, without loading the prior."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {name: config.get(name) for name in ("c_in", "c", "c_cond", "c_r", "depth", "nhead")}
+    config = networks.config_of(WuerstchenPrior, folder)
+    return {name: config[name] for name in ("c_in", "c", "c_cond", "c_r", "depth", "nhead")}
 
 
 def fingerprint(*folders):
@@ -194,31 +194,6 @@ def fingerprint(*folders):
 # ---- Loading.
 
 
-def load_part(load, folder):
-    """load(folder); if that fails, a UserError names the folder."""
-    try:
-        return load(folder)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} can't be loaded: {reason}") from None
-
-
-def load_weights(kind, folder, **options):
-    """A model from its folder; a missing tensor is an error, where libraries initialise it."""
-    model, report = kind.from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, **options
-    )
-    new = getattr(kind, "NEW_LAYERS", ())
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        # Older CLIP files also hold position numbers, which are not weights.
-        keys = [key for key in report[problem] if not str(key).endswith("position_ids")]
-        keys = [key for key in keys if problem != "missing_keys" or not key.startswith(new)]
-        if keys:
-            names = ", ".join(str(key) for key in keys[:3])
-            raise ValueError(f"its weights have {problem.replace('_', ' ')}: {names}")
-    return model
-
-
 def load_prior(folder, dtype=torch.float32, as_trained=False):
     """The prior in `dtype`, from its own folder or the one that contains `prior/`.
 
@@ -227,13 +202,9 @@ def load_prior(folder, dtype=torch.float32, as_trained=False):
     """
     folder = prior_folder(folder)
     default = "epsilon" if as_trained else diffusion.PREDICTION
-    config = load_part(WuerstchenPrior.load_config, folder)
-    check_prediction(config.get("prediction_type", default), folder)
-
-    def load(place):
-        return load_weights(WuerstchenPrior, place, low_cpu_mem_usage=False, torch_dtype=dtype)
-
-    return load_part(load, folder)
+    prior = networks.load(WuerstchenPrior, folder, dtype)
+    check_prediction(prior.config.get("prediction_type", default), folder)
+    return prior
 
 
 def check_prediction(found, where):
@@ -247,24 +218,35 @@ def check_prediction(found, where):
 
 def load_text(folder, dtype):
     """(tokenizer, frozen text encoder in `dtype`) from the folder that contains both."""
+    folder = Path(folder)
 
     def load(place):
-        return load_weights(transformers.CLIPTextModel, place, dtype=dtype)
+        networks.check_sizes(transformers.CLIPTextConfig.from_pretrained(place).to_dict())
+        networks.read_tensors(place)  # only to check them
+        model, report = transformers.CLIPTextModel.from_pretrained(
+            place, use_safetensors=True, output_loading_info=True, dtype=dtype
+        )
+        for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            keys = [str(key) for key in report[problem]]
+            keys = [key for key in keys if not key.endswith("position_ids")]
+            networks.refuse(keys, problem.replace("_", " "))
+        return model
 
-    read = transformers.CLIPTokenizerFast.from_pretrained
-    tokenizer = load_part(read, Path(folder) / "tokenizer")
-    text_encoder = load_part(load, Path(folder) / "text_encoder")
+    tokenizer = load_part(transformers.CLIPTokenizerFast.from_pretrained, folder / "tokenizer")
+    text_encoder = load_part(load, folder / "text_encoder")
+    config, length, words = text_encoder.config, tokenizer.model_max_length, len(tokenizer)
+    if not 3 <= words <= config.vocab_size or length > config.max_position_embeddings:
+        raise UserError(
+            f"{folder / 'tokenizer'}: {words} tokens and texts of {length} do not fit the text "
+            f"encoder, which has {config.vocab_size} and {config.max_position_embeddings}."
+        )
     return tokenizer, text_encoder.requires_grad_(False).eval()
 
 
 def load_image_encoder(folder):
     """The frozen image encoder: fp32, as its authors ran it, and channels last, which is faster."""
-
-    def load(place):
-        model = load_weights(EfficientNetEncoder, place, low_cpu_mem_usage=False)
-        return model.to(torch.float32, memory_format=torch.channels_last)
-
-    return load_part(load, folder).requires_grad_(False).eval()
+    encoder = networks.load(EfficientNetEncoder, folder, torch.float32)
+    return encoder.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def make_encoders(parts, side, compute_type, device):

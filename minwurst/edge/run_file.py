@@ -13,7 +13,7 @@ import torch
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import world_size
 from minwurst.base.settings import public
-from minwurst.edge.files import replacing
+from minwurst.edge.files import reason, replacing
 from minwurst.step import diffusion
 
 FILE = "run.json"
@@ -54,9 +54,12 @@ def write(run):
         "prediction_type": diffusion.PREDICTION,
         "starts": [*before.get("starts", []), start],
     }
-    with replacing(file) as draft:
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        draft.write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    try:
+        with replacing(file) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} was not written: {reason(error)}") from None
 
 
 def read(folder):

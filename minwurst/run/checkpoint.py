@@ -10,61 +10,131 @@ then are older ones deleted. A kill at any moment leaves the newest complete che
 and an incomplete one is never used. No pickle is written or read.
 """
 
+import collections
+import hashlib
 import json
+import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from minwurst.base.console import say
 from minwurst.base.errors import UserError
-from minwurst.edge.files import describe, replacing
+from minwurst.edge.files import describe, not_finite, reason, replacing
 
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.checkpoint-\d+\.(part|old)")  # being written or deleted
 MANIFEST = "manifest.json"
+TYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def save(output_dir, step, groups, progress, keep=None):
     """Write `checkpoint-{step}` and keep the newest `keep` (None: all).
 
     groups: {"weights": {name: tensor}, …}, one file each; empty groups are skipped. progress: what
-    JSON can hold. An older checkpoint of the same step is replaced.
+    JSON can hold. An older checkpoint of the same step is replaced. UserError if a number is not
+    finite, or the disk is full; nothing is written then, and no older checkpoint is deleted.
     """
     folder = Path(output_dir) / f"checkpoint-{step}"
+    groups = {group: tensors for group, tensors in groups.items() if tensors}
+    for group, tensors in groups.items():
+        check_finite(group, tensors)
     try:
-        with replacing(folder) as draft:
+        with replacing(folder) as draft, ThreadPoolExecutor() as pool:
             draft.mkdir()
-            for group, tensors in groups.items():
-                if tensors:
-                    save_file(separate(tensors), draft / f"{group}.safetensors")
+            written = [
+                pool.submit(write_tensors, draft / f"{group}.safetensors", tensors)
+                for group, tensors in groups.items()
+            ]
+            manifest = dict(part.result() for part in written)
+            progress = {**progress, "groups": list(groups)}
             (draft / "state.json").write_text(json.dumps(progress, indent=1), encoding="utf-8")
-            manifest = {file.name: describe(file) for file in sorted(draft.iterdir())}
+            manifest["state.json"] = describe(draft / "state.json")
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         raise UserError(
-            f"{folder} was not written: {error}. It needs {size:,} bytes. Free some space; earlier "
+            f"{folder} was not written: {reason(error)} It needs {size:,} bytes; earlier "
             "checkpoints are intact, and --resume_from_checkpoint=latest resumes from them."
         ) from None
+    rotate(output_dir, keep)
+
+
+def check_finite(group, tensors):
+    """UserError names a tensor that has a number that is not finite, which must not be saved."""
+    if name := not_finite(tensors):
+        raise UserError(
+            f"{name} is not finite ({group}), so training has failed and nothing was saved. Lower "
+            "--learning_rate, or raise --adam_epsilon, and resume from an earlier checkpoint."
+        )
+
+
+def rotate(output_dir, keep):
+    """Delete all but the newest `keep` checkpoints (None: keep all)."""
     for old in list_all(output_dir)[:-keep] if keep else []:
         try:
             delete(old)
         except OSError as error:  # a full disk later is better than a stop now
-            print(f"{old.name} could not be deleted: {error}", flush=True)
+            say(f"{old.name} could not be deleted: {error}")
 
 
-def separate(tensors):
-    """The tensors, each with its own memory, as safetensors requires; 8-bit Adam shares some."""
-    result, used = {}, set()
+CHUNK, WRITERS = 2**24, 3  # bytes written at a time, and threads that write them
+
+
+def write_tensors(file, tensors):
+    """Write a safetensors file to disk. Returns its (name, {"size", "sha256"}).
+
+    The format is a length, a JSON header of that length, and the tensors' bytes one after the other
+    (https://huggingface.co/docs/safetensors). It is written here so that the checksum is computed
+    on the way; reading the file again would take as long as writing it.
+    """
+    header, offset = {}, 0
     for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if memory in used else tensor
-        used.add(memory)
-    return result
+        header[name] = {
+            "dtype": TYPES[tensor.dtype], "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }  # fmt: skip
+        offset += tensor.nbytes
+    start = json.dumps(header).encode()
+    start += b" " * (-len(start) % 8)
+    digest, size, writing = hashlib.sha256(), 0, collections.deque()
+    with open(file, "wb") as opened, ThreadPoolExecutor(WRITERS) as pool:
+        for content in contents(len(start).to_bytes(8, "little") + start, tensors):
+            writing.append(pool.submit(write_at, opened.fileno(), content, size))
+            if len(writing) > 2 * WRITERS:  # so that few copies of tensors wait in memory
+                writing.popleft().result()
+            digest.update(content)  # meanwhile
+            size += len(content)
+        for one in writing:
+            one.result()
+        os.fsync(opened.fileno())  # here, because several files are written at once
+    return file.name, {"size": size, "sha256": digest.hexdigest()}
+
+
+def contents(start, tensors):
+    """A file's bytes, CHUNK at a time, copied from the device one tensor at a time."""
+    yield memoryview(start)
+    for tensor in tensors.values():
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        for first in range(0, len(flat), CHUNK):
+            yield memoryview(flat[first : first + CHUNK])
+
+
+def write_at(handle, content, offset):
+    """Write all of the content at an offset of a file."""
+    while content:
+        written = os.pwrite(handle, content, offset)
+        content, offset = content[written:], offset + written
 
 
 def read_progress(folder):
@@ -75,7 +145,9 @@ def read_progress(folder):
 def load(folder):
     """What `save` was given: ({"weights": {name: tensor}, …}, progress), on the CPU."""
     folder = Path(folder)
-    groups = {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    names = sorted(name for name in manifest if name.endswith(".safetensors"))
+    groups = {Path(name).stem: load_file(folder / name) for name in names}
     return groups, read_progress(folder)
 
 
@@ -111,17 +183,17 @@ def find(wanted, output_dir):
             folder = Path(output_dir) / folder.name  # a name inside output_dir, as in the reference
         if not folder.is_dir():
             raise UserError(f"--resume_from_checkpoint {wanted}: no such folder.")
-        if reason := damage(folder):
+        if wrong := damage(folder):
             raise UserError(
-                f"--resume_from_checkpoint {wanted}: {reason}. Use `latest` for the newest intact "
+                f"--resume_from_checkpoint {wanted}: {wrong}. Use `latest` for the newest intact "
                 "checkpoint."
             )
         return folder
     for folder in reversed(existing):
-        reason = damage(folder)
-        if not reason:
+        wrong = damage(folder)
+        if not wrong:
             return folder
-        print(f"{folder.name} is skipped: {reason}.", flush=True)
+        say(f"{folder.name} is skipped: {wrong}.")
     if existing:
         raise UserError(
             f"--output_dir {output_dir}: none of its {len(existing)} checkpoints is intact. Remove "
@@ -143,7 +215,7 @@ def set_aside_later(output_dir, step):
         if step_of(folder) > step:
             aside = folder.with_name(f"{folder.name}.left-{time.strftime('%Y%m%d-%H%M%S')}")
             folder.rename(aside)
-            print(f"{folder.name} is after step {step}; renamed to {aside.name}", flush=True)
+            say(f"{folder.name} is after step {step}; renamed to {aside.name}")
 
 
 def damage(folder):
@@ -156,6 +228,8 @@ def damage(folder):
         if not {"state.json", "weights.safetensors"} <= expected.keys():
             return f"its {MANIFEST} lists no weights"
         for name, description in expected.items():
+            if not re.fullmatch(r"\w+\.(json|safetensors)", name):
+                return f"its {MANIFEST} lists {name}"
             file = Path(folder) / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -163,6 +237,9 @@ def damage(folder):
                 return f"{name} has {file.stat().st_size} bytes instead of {description['size']}"
             if describe(file) != description:
                 return f"{name} has changed since it was written"
+        for group in read_progress(folder).get("groups", ()):
+            if f"{group}.safetensors" not in expected:
+                return f"its {MANIFEST} lacks {group}.safetensors"
     except (ValueError, TypeError, KeyError, AttributeError):
         return f"its {MANIFEST} can't be read"
     except OSError as error:

@@ -109,6 +109,7 @@ class Run:
         for change in self.changes + check_same_run(self.progress["identity"], self.identity):
             say(f"changed since the checkpoint: {change}")
         on_main(checkpoint.set_aside_later, self.folder, self.step)
+        on_main(checkpoint.rotate, self.folder, self.settings.checkpoints_total_limit)
         self.id = on_main(run_file.known_id, self.folder) if self.checkpoint else None
         self.id = self.id or on_main(secrets.token_hex, 4)
 
@@ -188,7 +189,10 @@ def lock(folder):
     process ends, however it ends.
     """
     global lock_file  # open until the process ends, or locks another folder
-    lock_file = open(Path(folder) / ".lock", "w")  # noqa: SIM115
+    try:
+        lock_file = open(Path(folder) / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: can't open its .lock: {error}.") from None
     try:
         fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -197,7 +201,7 @@ def lock(folder):
             "folder."
         ) from None
     except OSError as error:  # a file system without locks
-        print(f"{folder} can't be locked ({error}): don't start a second run on it.", flush=True)
+        say(f"{folder} can't be locked ({error}): don't start a second run on it.")
 
 
 def keep_skipping(settings, progress):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as torch_distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from minwurst.base.console import outlive
 from minwurst.base.errors import UserError, exit_with
 from minwurst.base.ranks import is_main, rank, world_size
 
@@ -36,6 +37,7 @@ def launch(main, settings, then):
     UserError becomes one line and exit code 2.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
+    outlive()
     try:
         number = main(settings)
         # Only now that main's model is gone: freeing a group that DDP still holds can hang.

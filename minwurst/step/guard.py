@@ -15,9 +15,12 @@ class FiniteGuard:
     `patience` times in a row.
     """
 
-    def __init__(self, fp16, samples=None, layout=None, patience=25):
-        """samples, layout: name the rows of a bad step in the error."""
+    def __init__(self, fp16, samples=None, layout=None, weights=None, resumed=None, patience=25):
+        """samples, layout: name the rows of a bad step in the error. weights: the trained ones, by
+        name, which may be the cause. resumed: the step of the checkpoint that the run started from.
+        """
         self.fp16, self.samples, self.layout = fp16, samples, layout
+        self.weights, self.resumed = weights or {}, resumed
         self.patience, self.skipped = patience, 0
 
     def check(self, step, loss, norm):
@@ -35,6 +38,20 @@ class FiniteGuard:
             + command_with("--resume_from_checkpoint=latest", f"--skip_steps={step}")
         )
         bad = [rank for rank, (loss_is_finite, *_) in enumerate(ranks) if not loss_is_finite]
+        weights = self.weights.items() if bad else ()
+        broken = [name for name, weight in weights if not weight.isfinite().all()]
+        if broken:
+            raise UserError(
+                f"Step {step}: the weight {broken[0]} is not finite since an earlier step. Lower "
+                "--learning_rate or raise --adam_epsilon, and resume from an earlier checkpoint by "
+                "its path."
+            )
+        if bad and step - 1 == self.resumed:
+            raise UserError(
+                f"Step {step}: the loss is not finite in the first step after resuming, so the "
+                "checkpoint's weights are of no use. Resume from an earlier checkpoint by its "
+                "path, or start afresh in another --output_dir."
+            )
         if bad:
             rows = self.rows(step, bad[0])
             raise UserError(

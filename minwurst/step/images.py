@@ -7,6 +7,7 @@ Normalize.
 """
 
 import io
+import os
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ def open_image(row):
     """
     stored = row["image"] or {}
     try:
-        source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
+        source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored.get("path")
+        if not isinstance(source, io.BytesIO) and not os.path.isfile(source or ""):
+            raise OSError("there is no such file" if source else "the row has none")
         with Image.open(source) as opened:
             image = ImageOps.exif_transpose(opened)
             image.load()
@@ -35,6 +38,8 @@ def open_image(row):
         raise UserError(f"Row {row['number']}{where}: can't read the image: {error}") from None
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which convert() would clip, not scale
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise UserError(f"Row {row['number']}: its image has pixels that are not finite.")
         largest = {"F": 1.0 if values.max(initial=0) <= 1 else 255.0}.get(image.mode, 65535.0)
         image = Image.fromarray((values / largest * 255).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -10,9 +10,10 @@
     if signals.finish(signal):
         return signal                                     # exit code 128 + signal
 
-SIGTERM and Ctrl-C finish the step, save and exit; a second Ctrl-C exits at once. SIGUSR1 saves and
-continues. One rank that receives it is enough. Outside the loop, signals do what they usually do:
-the process ends, and everything saved is intact.
+SIGTERM, SIGHUP (the terminal is gone) and Ctrl-C finish the step, save and exit; a second Ctrl-C
+exits at once. SIGUSR1 saves and continues. SIGHUP is ignored if it was before, as under nohup. One
+rank that receives a signal is enough. Outside the loop, signals do what they usually do: the
+process ends, and everything saved is intact.
 """
 
 import os
@@ -23,8 +24,8 @@ from minwurst.base.console import say
 from minwurst.base.ranks import is_main
 
 NOTHING = 0
-ENDING = {signal.SIGINT, signal.SIGTERM}
-BY_STRENGTH = (NOTHING, signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+ENDING = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM}
+BY_STRENGTH = (NOTHING, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 received, handlers = set(), {}  # signals since `listen`; the handlers from before it
 
@@ -33,7 +34,8 @@ def listen():
     """From now on only record signals."""
     received.clear()
     for number in BY_STRENGTH[1:]:
-        handlers[number] = signal.signal(number, record)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, record)
     return NOTHING
 
 
@@ -75,7 +77,7 @@ def in_worker(number):
     Terminals and schedulers signal all processes of a job, but the last step still needs its
     images. The trainer's own SIGTERM has to work, or the trainer could not exit.
     """
-    for ignored in (signal.SIGINT, signal.SIGUSR1):
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, which keeps torch's own handler
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
