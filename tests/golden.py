@@ -17,6 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).parent.parent
 COMMON = """--train_data_dir=tests/pictures --resolution=64 --train_batch_size=2 --seed=7
     --learning_rate=1e-3 --report_to=none --checkpointing_steps=3 --max_train_steps=6""".split()
@@ -58,7 +61,14 @@ def execute(ranks, words):
 
 
 def digest(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """The SHA-256 of a file, or of its tensors whatever their order."""
+    if file.suffix != ".safetensors":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def results(folder):
