@@ -15,7 +15,7 @@ from minwurst.step.encoders import Encoders
 from minwurst.step.images import open_image
 from minwurst.step.samples import Samples, batches
 from tests import tiny
-from tests.conftest import assert_bitwise_equal, relative, torchrun, train_here
+from tests.conftest import assert_bitwise_equal, flags, relative, torchrun, train_here
 
 pytestmark = pytest.mark.slow
 
@@ -160,6 +160,16 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
     for name, weight in one.items():
         if not name.endswith("to_k.bias"):
             assert relative(two[name], weight) < 2e-5, name
+
+
+def test_two_runs_may_start_on_one_new_folder(warm, wuerstchen, listed, tmp_path):
+    settings = {**CACHED, "dataset_name": listed, "cache_dir": tmp_path / "shared" / "new"}
+    runs = [
+        warm.start("train.py", flags(wuerstchen, tmp_path / name, **settings)) for name in "ab"
+    ]
+    results = [run.wait() for run in runs]
+    assert [code for code, _ in results] == [0, 0], results
+    assert_bitwise_equal(tmp_path / "a/checkpoint-4", tmp_path / "b/checkpoint-4")
 
 
 def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):

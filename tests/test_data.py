@@ -1,5 +1,6 @@
 """Images and captions: equal to torchvision, any mode, any source; bad rows are reported."""
 
+import datetime
 import io
 import json
 import tempfile
@@ -308,6 +309,45 @@ def test_bad_rows_are_left_out_on_request(tmp_path, capsys):
     assert check_rows(never_had)[1] == fingerprint
     with pytest.raises(UserError, match=r"Row 1: .*12 more rows are bad.*--skip_bad_samples"):
         check_rows(opened)
+
+
+ODD = {
+    "numbers": (7, datasets.Value("int64")),
+    "dates": (datetime.datetime(2020, 1, 1), datasets.Value("timestamp[s]")),
+    "bytes": (b"ab", datasets.Value("binary")),
+    "structs": ({"a": "x"}, {"a": datasets.Value("string")}),
+    "nested lists": ([["a"]], datasets.List(datasets.List(datasets.Value("string")))),
+    "empty lists": ([], datasets.List(datasets.Value("string"))),
+    "classes": (0, datasets.ClassLabel(names=["cat"])),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_captions_of_odd_types_give_the_row(tmp_path, kind):
+    value, feature = ODD[kind]
+    image = {"bytes": GOOD, "path": None}
+    features = datasets.Features({"image": datasets.Image(), "text": feature})
+    table = datasets.Dataset.from_dict({"image": [image], "text": [value]}, features=features)
+    table.save_to_disk(tmp_path / "table")
+    with pytest.raises(UserError, match="Row 0: bad caption"):
+        check_rows(tiny.rows(dataset_name=str(tmp_path / "table")))
+
+
+def test_images_in_lists_are_no_images(tmp_path):
+    images = datasets.List(datasets.Image())
+    features = datasets.Features({"image": images, "text": datasets.Value("string")})
+    image = {"bytes": GOOD, "path": None}
+    table = datasets.Dataset.from_dict({"image": [[image]], "text": ["a"]}, features=features)
+    table.save_to_disk(tmp_path / "table")
+    with pytest.raises(UserError, match="--image_column image contains List.*, not images"):
+        tiny.rows(dataset_name=str(tmp_path / "table"))
+
+
+def test_pixels_that_are_not_finite():
+    pixels = np.full((8, 8), 0.5, dtype=np.float32)
+    pixels[3, 3] = np.nan
+    with pytest.raises(UserError, match="Row 3: its image has pixels that are not finite"):
+        open_image(png(Image.fromarray(pixels), "TIFF"))
 
 
 def test_nothing_but_bad_rows_is_an_error(tmp_path):

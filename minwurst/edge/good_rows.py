@@ -45,7 +45,7 @@ class GoodRows:
     def name_and_stamp(self, number):
         """What a row is recognised by; (None, None) where it is only in memory."""
         path, text = self.rows[number]
-        text = hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+        text = hashlib.sha256(json.dumps(text, default=str).encode()).hexdigest()[:16]
         if path:
             return os.path.abspath(path), f"{stamp_of(path)} {text}"
         if not self.tables:
