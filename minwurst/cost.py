@@ -1,16 +1,19 @@
 """What fits on which GPU: the largest batch at 768 pixels, estimated.
 
     python -m minwurst.cost
+    python -m minwurst.cost --roofline H100         # what bounds a step, by arithmetic
 
 A tenth of each card is left free for what run/estimate.py does not include.
 """
 
+import argparse
 import functools
 
 import torch
 
 from minwurst.base.console import gib
 from minwurst.edge.decoders import size_of
+from minwurst.run import roofline
 from minwurst.run.estimate import activations, memory
 from minwurst.step.adapter import add_adapters
 from minwurst.step.image_encoder import EfficientNetEncoder
@@ -29,6 +32,20 @@ COMMANDS = (
 
 
 def main():
+    parser = argparse.ArgumentParser(prog="python -m minwurst.cost")
+    parser.add_argument(
+        "--roofline", choices=roofline.CARDS, nargs="?", const="H100", metavar="CARD",
+        help="instead, count a step's work against a card's stated peak and bandwidth: "
+        + ", ".join(roofline.CARDS) + " (default H100)",
+    )  # fmt: skip
+    given = parser.parse_args()
+    if given.roofline:
+        print("\n".join(roofline.table(given.roofline)))
+    else:
+        memory_table()
+
+
+def memory_table():
     with torch.device("meta"):
         total = sum(weight.numel() for weight in WuerstchenPrior(**PUBLISHED).parameters())
         image_encoder = size_of(EfficientNetEncoder())

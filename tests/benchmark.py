@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minwurst.base.console import gib
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import cache, models
-from minwurst.run import checkpoint, estimate, state
+from minwurst.run import checkpoint, estimate, roofline, state
 from minwurst.step import adapter, diffusion, images, randomness
 from minwurst.step.distributed import to_device
 from minwurst.step.image_encoder import EfficientNetEncoder
@@ -666,9 +666,15 @@ def decode(rounds, cells=SIZE, **smaller):
     print(f"| {what}: peak memory | {sizes} | {peaks[1] / peaks[0]:.2f} of it | |", flush=True)
 
 
+def roofline_of_reference(rounds=0):
+    """What `python -m minwurst.cost --roofline` prints, for diffusers' prior."""
+    for line in roofline.table("H100", Reference):
+        print(line)
+
+
 PARTS = {
     "step": step, "memory": memory, "encode": encode, "data": read_data, "save": save, "run": run,
-    "decode": decode, "gpu": gpu,
+    "decode": decode, "roofline": roofline_of_reference, "gpu": gpu,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from minwurst.base.errors import UserError
-from minwurst.run import estimate
+from minwurst.run import estimate, roofline
 from minwurst.step import adapter
 from tests import tiny
 from tests.conftest import train_here
@@ -104,3 +104,22 @@ def test_a_disk_too_small_is_refused_before_training(wuerstchen, tmp_path, monke
     with pytest.raises(UserError, match="0.0 MiB free, too little for a checkpoint of 1.4 MiB"):
         train_here(wuerstchen, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_the_roofline_counts_a_steps_work():
+    """FLOPs as derived by hand for the blocks' matrix products; a card's bounds add up."""
+    c, pixels, text, batch = 1536, 24 * 24, 77, 2
+    products = 8 * c * c * pixels                                  # the ResBlock's two layers
+    products += 4 * c * c * pixels + 3 * c * c * text              # q, k, v, out; kv_mapper, k, v
+    products += 2 * c * (pixels + text) * pixels                   # attention
+    products += 2 * 64 * c                                         # the TimestepBlock
+    once = (1280 * c + c * c) * text * 32 / 2                      # cond_mapper, times / TRIPLES
+    expected = 2 * batch * (32 * products + once)
+    parts = roofline.count(batch)
+    forward, backward = (sum(f for f, _ in parts[name]) for name in ("forward", "backward"))
+    assert forward == pytest.approx(expected, rel=0.01)
+    assert backward == pytest.approx(2 * forward, rel=0.05)  # attention's recomputes its scores
+    seconds, share = roofline.bound([(10e12, 1e9), (0, 1e12)], (1e12, 1e12))
+    assert seconds == pytest.approx(11) and share == pytest.approx(1 / 11)
+    (*_, line) = roofline.table("H100", batches=[4])
+    assert line.startswith("| 4 | ") and line.count("|") == 8

@@ -78,13 +78,18 @@ def test_gradients_of_stage_b(stage_b):
     gradients_agree(*stage_b)
 
 
+def encode(theirs, images):
+    """Not `theirs.encode(images)`, which fails in diffusers 0.37."""
+    return theirs.down_blocks(theirs.in_block(images))
+
+
 def test_stage_a_encodes_decodes_and_learns_the_same():
     ours, theirs = both("PaellaVQModel", PaellaVQModel, 0.1, **A)
     images, latents = torch.rand(2, 3, 48, 64), torch.randn(2, 4, 12, 16)
     with torch.no_grad():
         for model in (ours, theirs):
             model.eval()
-        assert relative(ours.encode(images), theirs.encode(images).latents) < 1e-5
+        assert relative(ours.encode(images), encode(theirs, images)) < 1e-5
         expected = theirs.decode(latents).sample
         assert relative(ours.decode(latents), expected) < 1e-5
         quantised = theirs.decode(latents, force_not_quantize=False).sample
@@ -94,7 +99,7 @@ def test_stage_a_encodes_decodes_and_learns_the_same():
         assert relative(ours.decode(latents), expected) < 1e-5
     images = images.double()  # or what should cancel in front of a batch norm would not
     ours.double().train()(images).square().mean().backward()
-    theirs.double().train()(images).sample.square().mean().backward()
+    theirs.double().train().decode(encode(theirs, images)).sample.square().mean().backward()
     gradients_agree(ours, theirs)
     for name in ("1.running_mean", "1.running_var"):
         mine, other = (m.down_blocks[-1].state_dict()[name] for m in (ours, theirs))
