@@ -137,7 +137,7 @@ def main(settings):
             ema.update(updates)
 
         if signal or run.is_save_due(step):  # any signal asks for a checkpoint
-            run.save(step, updates, state)
+            run.save(step, updates, state, stop=signal in signals.ENDING)
         if signal in signals.ENDING:
             break
         validate(step)  # whatever goes wrong there, training is saved and continues

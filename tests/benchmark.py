@@ -41,6 +41,7 @@ from minwurst.base.console import gib
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import cache, models
 from minwurst.run import checkpoint, estimate, roofline, state
+from minwurst.run.saver import Saver
 from minwurst.step import adapter, diffusion, images, randomness
 from minwurst.step.distributed import to_device
 from minwurst.step.image_encoder import EfficientNetEncoder
@@ -442,8 +443,16 @@ def save(rounds):
             tensors, _ = state.optimizer_state(optimizer, trainable)
             checkpoint.save(place, 1, {"weights": trainable, "optimizer": tensors}, {})
 
-        found = take_turns({"t": theirs, "o": ours}, rounds)
+        found, background, blocked = take_turns({"t": theirs, "o": ours}, rounds), Saver(), []
+        for _ in range(rounds):
+            tensors, _ = state.optimizer_state(optimizer, trainable)
+            start = time.perf_counter()
+            groups = {"weights": trainable, "optimizer": tensors}
+            background.save(place, 1, groups, {}, None)
+            blocked.append(time.perf_counter() - start)
+            background.wait()
     row(f"save: {gib(size)}; here with SHA-256 and flushed to disk", *found.values())
+    row("… how long --async_checkpointing blocks", found["t"], blocked)
 
 
 # ---- Complete runs, one process each.

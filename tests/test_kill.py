@@ -105,3 +105,26 @@ def test_every_point(case):
     assert len(case.operations) > 60
     for number in range(1, len(case.operations)):
         case.check(number)
+
+
+PLACES = [["save", 3], ["write", 4], ["rotate", 3], ["step", 4], ["step", 2]]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]} {place[1]}")
+def test_a_kill_while_a_thread_saves(warm, wuerstchen, few, tmp_path_factory, place):
+    """--async_checkpointing keeps the same promise; uninterrupted, it gives the same files."""
+    folder = tmp_path_factory.mktemp("async")
+    settings = {
+        "train_data_dir": None, "dataset_name": few, "train_batch_size": 1, "use_ema": True,
+        "max_train_steps": STEPS, "checkpointing_steps": 1, "checkpoints_total_limit": 2,
+        "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    plain = flags(wuerstchen, folder / "plain", **settings)
+    assert warm.run("train.py", plain)[0] == 0
+    words = flags(wuerstchen, folder / "async", **settings, async_checkpointing=True)
+    code, printed = warm.run("train.py", words, faults=[[*place, signal.SIGKILL]])
+    assert code == -signal.SIGKILL, printed
+    code, printed = warm.run("train.py", words)
+    assert code == 0 and "is skipped" not in printed, printed
+    assert_bitwise_equal(folder / f"plain/checkpoint-{STEPS}", folder / f"async/checkpoint-{STEPS}")
+    assert len(checkpoint.list_all(folder / "async")) == 2

@@ -249,6 +249,7 @@ if __name__ == "__main__":
         "load": (models, "load_prior"), "step": (randomness, "dropout_seed"),
         "save": (checkpoint, "check_finite"), "export": (export, "write_parts"),
         "noise": (diffusion, "add_noise"), "validate": (validation.Validation, "validate"),
+        "write": (checkpoint, "write_tensors"), "rotate": (checkpoint, "rotate"),
         "measure": (validation.GenerateImages, "measure"),
         "decode": (decoders.FullDecoder, "__call__"),
     }  # fmt: skip

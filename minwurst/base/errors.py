@@ -8,6 +8,8 @@ import traceback
 
 from minwurst.base.ranks import local_world_size, world_size
 
+leaving = []  # functions to call before this process ends with an error
+
 
 class UserError(Exception):
     """A mistake the user can fix. Its text names the flag, file or row and says what to do."""
@@ -30,6 +32,8 @@ def exit_with(error):
 
     An error that all ranks share is printed once per machine.
     """
+    for function in leaving:
+        function()
     code = 2 if isinstance(error, UserError) else 1
     if code == 1:
         traceback.print_exception(error)

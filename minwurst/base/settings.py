@@ -290,6 +290,12 @@ class Settings:
         at_least=1,
         may_change=True,
     )
+    async_checkpointing: bool = run(
+        False,
+        "Write checkpoints in a thread while training continues, from a copy of weights, average "
+        "and optimizer state in memory.",
+        may_change=True,
+    )
     checkpoints_total_limit: int = run(
         None,
         "Number of checkpoints to keep. Older ones are deleted once a new one is safe.",

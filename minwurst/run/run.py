@@ -23,6 +23,7 @@ from minwurst.base.settings import LoRASettings, defaults_of, facts_of, public
 from minwurst.edge import files, models, push, run_file
 from minwurst.edge.grids import BEFORE_AFTER
 from minwurst.run import checkpoint, estimate, trackers
+from minwurst.run.saver import Saver
 from minwurst.step import diffusion, randomness
 from minwurst.step.distributed import on_main
 from minwurst.step.samples import BatchLayout
@@ -49,7 +50,7 @@ class Run:
     def __init__(self, settings, device, folder, resumed, progress):
         self.settings, self.device, self.folder, self.rank = settings, device, folder, rank()
         self.checkpoint, self.progress, self.seed = resumed, progress, settings.seed
-        self.step = progress["step"]
+        self.step, self.saver = progress["step"], Saver()
         batch, accumulation = settings.train_batch_size, settings.gradient_accumulation_steps
         self.layout = BatchLayout(batch, accumulation, world_size())
 
@@ -157,8 +158,12 @@ class Run:
             step, every or max(1, round(epochs * self.rows / self.layout.global_batch))
         )
 
-    def save(self, step, updates, state):
-        """Write a checkpoint with everything that a resumed run needs, then rotate."""
+    def save(self, step, updates, state, stop=False):
+        """Write a checkpoint with everything that a resumed run needs, then rotate.
+
+        stop: whether the run ends here. Then, and at the last step, it is on disk on return;
+        otherwise, with --async_checkpointing, it is only copied.
+        """
         tensors, numbers = state.collect()
         progress = {
             "format": FORMAT, "step": step, "updates": updates, "seed": self.seed,
@@ -166,7 +171,15 @@ class Run:
             "defaults": defaults_of(type(self.settings)), **numbers,
         }  # fmt: skip
         limit = self.settings.checkpoints_total_limit
-        on_main(checkpoint.save, self.folder, step, tensors, progress, limit)
+        in_step = stop or step == self.steps[-1] or not self.settings.async_checkpointing
+        on_main(self.saver.wait)
+        save = checkpoint.save if in_step else self.saver.save
+        on_main(save, self.folder, step, tensors, progress, limit)
+
+    def finish_saving(self):
+        """Wait for a save in flight; its error is raised on all ranks."""
+        if self.settings.async_checkpointing:
+            on_main(self.saver.wait)
 
     def report(self, result):
         """Say where everything is and how to generate more images."""

@@ -72,6 +72,7 @@ class Validation:
         if not self.validators or not self.run.is_validation_due(step):
             return
         with self.log.paused():
+            self.run.finish_saving()  # validators may fork
             done = [self.validate(validator, step) for validator in self.validators]
         if all(done) and is_main():
             attempt(self.write_record, step)

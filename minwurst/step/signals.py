@@ -23,9 +23,9 @@ import threading
 from minwurst.base.console import say
 from minwurst.base.ranks import is_main
 
-NOTHING = 0
+NOTHING, FAILURE = 0, 1000  # FAILURE: something failed in another thread of this rank
 ENDING = {signal.SIGINT, signal.SIGHUP, signal.SIGTERM}
-BY_STRENGTH = (NOTHING, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+BY_STRENGTH = (NOTHING, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, FAILURE)
 
 received, handlers = set(), {}  # signals since `listen`; the handlers from before it
 
@@ -33,7 +33,7 @@ received, handlers = set(), {}  # signals since `listen`; the handlers from befo
 def listen():
     """From now on only record signals."""
     received.clear()
-    for number in BY_STRENGTH[1:]:
+    for number in BY_STRENGTH[1:-1]:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             handlers[number] = signal.signal(number, record)
     return NOTHING
