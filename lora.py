@@ -85,15 +85,18 @@ def main(settings):
     # Samples: one endless shuffled stream, of which every rank reads its own positions.
     samples = source.samples(data.rows, run.seed, settings.caption_dropout, data.skipped)
     stream = batches(samples, run.positions(), settings.dataloader_num_workers)
+    objective = diffusion.Objective(**settings.objective_options())  # its times and loss weights
 
     # What watches: memory and disk before the first step, then non-finite numbers, log, validation.
     run.announce(prior, source)
-    guard = FiniteGuard(scaler.is_enabled(), samples, run.layout, trainable, run.step or None)
+    guard = FiniteGuard(
+        fp16=scaler.is_enabled(), samples=samples, layout=run.layout, weights=trainable,
+        first_after_resuming=run.checkpoint and run.steps and run.steps[0],
+    )  # fmt: skip
     log = open_log(run)
     evaluated = EvaluationModel(prior, ema, autocast)  # without DDP; with averaged weights, if any
     validate = Validation(run, data, source, evaluated, log)
     validate.catch_up()  # before training, and what a kill prevented
-    objective = diffusion.Objective(**settings.objective_options())
     accumulation = settings.gradient_accumulation_steps
     signal = signals.listen()  # none yet; until here, a signal simply ends the process
 

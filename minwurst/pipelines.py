@@ -7,6 +7,7 @@
 
 import torch
 
+from minwurst.base.errors import UserError
 from minwurst.edge import lora_file, models
 from minwurst.edge.decoders import FullDecoder
 from minwurst.run.validation import EvaluationModel, generate_latents
@@ -47,7 +48,12 @@ class Wuerstchen:
         self.decode = decode
 
     def latents(self, prompt, seed=0, size=24, guidance=4.0):
-        """The prior's latents of an image, (1, 16, size, size), scaled. 24 gives 1024 pixels."""
+        """The prior's latents of an image, (1, 16, size, size), scaled. 24 gives 1024 pixels.
+
+        size: a multiple of 3, which is what can be decoded.
+        """
+        if size != self.decode.latent_size(size):
+            raise UserError(f"size is {size}; it must be a multiple of 3.")
         states = encode_text(self.tokenizer, self.text_encoder, [prompt, ""])
         shape, key = (self.prior.prior.config.c_in, size, size), randomness.image_key(prompt, 0)
         with self.prior.active():

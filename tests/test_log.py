@@ -1,6 +1,7 @@
 """Trackers record the run, run.json describes it, and a failing tracker does not stop it."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import types
 import pytest
 import torch
 
+from minwurst.base import console
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import run_file
@@ -314,3 +316,10 @@ def test_metrics_are_joined_over_ranks(warm, still_wuerstchen, tmp_path):
         names = [name for name in one if name.startswith("loss")]
         assert one.keys() == two.keys() and len(names) > 3
         assert [one[name] for name in names] == pytest.approx([two[name] for name in names], 1e-4)
+
+
+def test_a_console_that_lacks_characters_shows_the_rest():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    console.Outlived(stream).write("x → y, “z”")
+    stream.flush()
+    assert stream.buffer.getvalue() == rb"x \u2192 y, \u201cz\u201d"

@@ -83,5 +83,15 @@ def test_too_little_memory_saves_in_step(wuerstchen, tmp_path, slow_saves, monke
     assert "free; saving in step." in capsys.readouterr().out
 
 
-def test_available_memory():
-    assert saver.available_memory() is None or saver.available_memory() > 2**20
+def test_available_memory_is_the_machines_or_the_containers(tmp_path):
+    assert saver.available_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 700 kB\n")
+    assert saver.available_memory(tmp_path) == 700 * 1024
+    cgroup = tmp_path / "sys/fs/cgroup"
+    cgroup.mkdir(parents=True)
+    for name, text in (("max", "500000\n"), ("current", "400000\n"), ("stat", "inactive_file 7\n")):
+        (cgroup / f"memory.{name}").write_text(text)
+    assert saver.available_memory(tmp_path) == 100_007
+    (cgroup / "memory.max").write_text("max\n")
+    assert saver.available_memory(tmp_path) == 700 * 1024

@@ -167,3 +167,19 @@ def test_no_row_is_left(wuerstchen, tmp_path):
     words = flags(wuerstchen, tmp_path / "run", train_data_dir=images)
     with pytest.raises(UserError, match="--skip_rows leaves none of the 10 rows"):
         train.main(parse(Settings, [*words, "--skip_rows", *map(str, range(10))]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_skipped_row_is_not_previewed_either(wuerstchen, tmp_path, cached, capsys):
+    images = few_images(tmp_path / "images")
+    settings = {
+        "train_data_dir": images, "cache_latents": cached, "validation_decoder": "preview",
+        "validation_prompt": "a bear", "validation_steps": 1,
+    }  # fmt: skip
+    train_here(wuerstchen, tmp_path / "run", **settings, max_train_steps=1)
+    row = tiny.rows(train_data_dir=str(images))[3]
+    open(row["image"]["path"], "wb").close()
+    more = {"max_train_steps": 2, "skip_rows": 3, "resume_from_checkpoint": "latest"}
+    train_here(wuerstchen, tmp_path / "run", **settings, **more)
+    assert "failed" not in capsys.readouterr().out

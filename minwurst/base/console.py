@@ -18,6 +18,9 @@ class Outlived:
     def write(self, text):
         try:
             return self.stream.write(text)
+        except UnicodeEncodeError:  # a terminal that lacks some of the characters
+            encoding = self.stream.encoding
+            return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError):
             self.drop()
             return len(text)

@@ -8,6 +8,7 @@ import traceback
 
 from minwurst.base.ranks import local_world_size, world_size
 
+completing = []  # words that belong to this run's command: the seed, if it was drawn
 leaving = []  # functions to call before this process ends with an error
 
 
@@ -24,7 +25,7 @@ def command_with(*words):
     """This run's own command with more words, as it is to be typed."""
     ranks = local_world_size()
     launcher = f"torchrun --nproc_per_node={ranks}" if world_size() > 1 else "python"
-    return f"{launcher} {shlex.join([*sys.argv, *words])}"
+    return f"{launcher} {shlex.join([*sys.argv, *completing, *words])}"
 
 
 def exit_with(error):

@@ -239,7 +239,8 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
             advice += command_with(*words)
         raise UserError(errors[0] + more + advice)
     if is_main():
-        good.add({numbers[index]: digest for index, (_, digest) in everyone.items() if digest})
+        found = {numbers[index]: digest for index, (_, digest) in everyone.items() if digest}
+        good.add({n: digest for n, digest in found.items() if n not in skipped})
     if errors:
         for line in errors[:10]:
             say(f"skipped: {line}")

@@ -73,6 +73,7 @@ def locate(flag, name, cache_dir=None, advice=""):
 
     flag, advice: for the UserError if there is none.
     """
+    name = str(name)
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:

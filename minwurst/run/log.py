@@ -42,7 +42,7 @@ class Log:
         """loss: this rank's, of the step. norm: of the gradient, before clipping. Tensors."""
         metrics.report("loss", loss)
         self.steps += 1
-        self.bar.update()
+        self.bar.update(step - self.bar.n)  # some steps may be skipped
         if not self.run.is_due(step, self.run.settings.logging_steps):
             return
         now, means = time.perf_counter(), metrics.means()

@@ -16,6 +16,7 @@ import secrets
 import shlex
 from pathlib import Path
 
+from minwurst.base import errors
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
@@ -70,6 +71,7 @@ class Run:
                 f"version reads format {FORMAT}. Resume with the version that wrote it."
             )
         settings.seed = on_main(randomness.choose_seed, settings.seed, progress["seed"])
+        errors.completing[:] = [f"--seed={settings.seed}"]  # for commands that errors print
         run = cls(settings, device, folder, resumed, progress)
         where = f"{world_size()} × {device.type}" if world_size() > 1 else device.type
         say(f"minwurst on {where}, precision {settings.mixed_precision}, seed {run.seed}")

@@ -10,7 +10,9 @@ pending signal, so that all ranks hear of it in the next step and stop. No proce
 while the thread runs, so whoever starts data-loading workers waits first.
 """
 
+import contextlib
 import threading
+from pathlib import Path
 
 from minwurst.base import errors
 from minwurst.base.console import gib, say
@@ -64,11 +66,18 @@ class Saver:
             raise RuntimeError("saving failed") from self.error
 
 
-def available_memory():
-    """Bytes that this machine can give without swapping; None where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as opened:
-            lines = dict(line.split(":", 1) for line in opened)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+def available_memory(root="/"):
+    """Bytes that this machine or its container (cgroup v2) can still give, or None if unknown."""
+    free = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = dict(line.split(":", 1) for line in read(root, "proc/meminfo").splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, KeyError, ValueError):  # "max" is no number
+        limit, used = (int(read(root, f"sys/fs/cgroup/memory.{n}")) for n in ("max", "current"))
+        lines = dict(line.split() for line in read(root, "sys/fs/cgroup/memory.stat").splitlines())
+        free.append(limit - used + int(lines["inactive_file"]))
+    return min(free, default=None)
+
+
+def read(root, name):
+    return (Path(root) / name).read_text(encoding="ascii")

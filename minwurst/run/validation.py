@@ -63,7 +63,7 @@ class Validation:
         self.run, self.model, self.log, self.validators = run, model, log, []
         self.record = run.folder / "validation" / "last_step"
         if source.prompts:
-            training = source.samples(data.rows, run.seed)
+            training = source.samples(data.rows, run.seed, skipped=data.skipped)
             self.validators.append(GenerateImages(run, source, training, log))
         if len(data.held_out):
             self.validators.append(HeldOutLoss(run, source, data.held_out, log))

@@ -15,12 +15,14 @@ class FiniteGuard:
     `patience` times in a row.
     """
 
-    def __init__(self, fp16, samples=None, layout=None, weights=None, resumed=None, patience=25):
+    def __init__(
+        self, fp16, samples=None, layout=None, weights=None, first_after_resuming=None, patience=25
+    ):
         """samples, layout: name the rows of a bad step in the error. weights: the trained ones, by
-        name, which may be the cause. resumed: the step of the checkpoint that the run started from.
+        name, which may be the cause, and so may be those of the checkpoint.
         """
         self.fp16, self.samples, self.layout = fp16, samples, layout
-        self.weights, self.resumed = weights or {}, resumed
+        self.weights, self.first_after_resuming = weights or {}, first_after_resuming
         self.patience, self.skipped = patience, 0
 
     def check(self, step, loss, norm):
@@ -46,11 +48,10 @@ class FiniteGuard:
                 "--learning_rate or raise --adam_epsilon, and resume from an earlier checkpoint by "
                 "its path."
             )
-        if bad and step - 1 == self.resumed:
-            raise UserError(
-                f"Step {step}: the loss is not finite in the first step after resuming, so the "
-                "checkpoint's weights are of no use. Resume from an earlier checkpoint by its "
-                "path, or start afresh in another --output_dir."
+        if bad and step == self.first_after_resuming:
+            advice += (
+                " If the next step fails too, the checkpoint's weights are of no use: resume from "
+                "an earlier checkpoint by its path, or start afresh in another --output_dir."
             )
         if bad:
             rows = self.rows(step, bad[0])

@@ -22,7 +22,7 @@ QUARTERS = ("t_0.00_0.25", "t_0.25_0.50", "t_0.50_0.75", "t_0.75_1.00")
 def report(name, values):
     """Add values to the mean of this name."""
     values = torch.as_tensor(values).detach().float()
-    add(name, torch.stack([values.sum(), values.new_tensor(values.numel())]))
+    add(name, torch.stack([values.sum(), values.new_full((), values.numel())]))
 
 
 @torch.no_grad()
