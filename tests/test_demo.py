@@ -75,10 +75,10 @@ def fewer():
     return world
 
 
-def test_the_base_draws_what_it_is_asked_for(world):
-    style, own, own_of_64, _ = measure.evaluate(measure.load_prior(), world, "solid", seed=3)
+def test_the_base_draws_what_it_is_asked_for(fewer):
+    style, own, own_of_16, _ = measure.evaluate(measure.load_prior(), fewer, "solid", seed=3)
     assert style < 0.2
-    assert own > 10 * world.chances()[0] and own_of_64 > 3 * world.chances()[1]
+    assert own > 10 * fewer.chances()[0] and own_of_16 > 2 * fewer.chances()[1]
 
 
 def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path, capsys):

@@ -214,11 +214,10 @@ def test_wandb_not_installed(monkeypatch):
 
 def test_wandb_without_a_login_is_said_before_anything_is_loaded(wuerstchen, tmp_path):
     words = flags(wuerstchen, tmp_path / "out", report_to="wandb", train_data_dir="nowhere")
-    for key in ("", "no key at all"):
-        quiet = {"WANDB_MODE": "online", "WANDB_API_KEY": key, "HOME": str(tmp_path)}
-        code, printed = command(sys.executable, "train.py", *words, check=False, **quiet)
-        assert code == 2 and "Traceback" not in printed
-        assert "train.py: --report_to wandb: no valid wandb login found." in printed
+    quiet = {"WANDB_MODE": "online", "WANDB_API_KEY": "no key at all", "HOME": str(tmp_path)}
+    code, printed = command(sys.executable, "train.py", *words, check=False, **quiet)
+    assert code == 2 and "Traceback" not in printed
+    assert "train.py: --report_to wandb: no valid wandb login found." in printed
 
 
 def test_a_tracker_that_does_not_start_is_left_out(tmp_path, monkeypatch, capsys):
