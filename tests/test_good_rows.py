@@ -101,3 +101,19 @@ def test_rows_in_memory_are_never_taken_for_known(tmp_path, read):
         rows = rows.add_column("text", ["bear"]).add_column("number", [0])
         dataset.check_rows(rows, GoodRows(tmp_path / "good_rows.json", rows))
     assert read == [0, 0] and not (tmp_path / "good_rows.json").exists()
+
+
+def test_another_column_has_other_images(tmp_path):
+    """Two columns of images in one table: the one is not taken for the other."""
+    images = [{"bytes": (tiny.IMAGES / f"{n}.webp").read_bytes(), "path": None}
+              for n in ("bear", "bank")]  # fmt: skip
+    features = {"a": datasets.Image(), "b": datasets.Image(), "text": datasets.Value("string")}
+    table = {"a": images[:1], "b": images[1:], "text": ["bear"]}
+    table = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+    table.save_to_disk(tmp_path / "table")
+    prints = []
+    for column in "abab":
+        rows = tiny.rows(dataset_name=str(tmp_path / "table"), image_column=column)
+        good = GoodRows(tmp_path / "good_rows.json", rows, column)
+        prints.append(dataset.check_rows(rows, good)[1])
+    assert prints[0] == prints[2] != prints[1] == prints[3]

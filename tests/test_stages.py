@@ -83,7 +83,7 @@ def encode(theirs, images):
     return theirs.down_blocks(theirs.in_block(images))
 
 
-def test_stage_a_encodes_decodes_and_learns_the_same():
+def test_stage_a_encodes_decodes_and_learns_the_same(monkeypatch):
     ours, theirs = both("PaellaVQModel", PaellaVQModel, 0.1, **A)
     images, latents = torch.rand(2, 3, 48, 64), torch.randn(2, 4, 12, 16)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_stage_a_encodes_decodes_and_learns_the_same():
         quantised = theirs.decode(latents, force_not_quantize=False).sample
         assert relative(ours.decode(latents, quantise=True), quantised) < 1e-5
         assert relative(quantised, expected) > 1e-2
-        pytest.MonkeyPatch().setattr("minwurst.step.stage_a.ROWS", 100)  # parts, the last shorter
+        monkeypatch.setattr("minwurst.step.stage_a.ROWS", 100)  # parts, the last shorter
         assert relative(ours.decode(latents), expected) < 1e-5
     images = images.double()  # or what should cancel in front of a batch norm would not
     ours.double().train()(images).square().mean().backward()

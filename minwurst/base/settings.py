@@ -113,8 +113,8 @@ class Settings:
     )
     skip_rows: list = data(
         None,
-        "Numbers of rows to leave out in a run that has started: another row takes each of their "
-        "places, and every other sample stays where it is.",
+        "Numbers of rows to skip: other rows take their places in the stream of samples, and every "
+        "other sample stays where it is.",
         nargs="+", type=int, at_least=0, may_change=True, in_card=True,
     )  # fmt: skip
     recheck_data: bool = data(
@@ -176,7 +176,7 @@ class Settings:
 
     skip_steps: list = length(
         None,
-        "Numbers of steps that are not run. Every other step sees the same samples as before.",
+        "Numbers of steps to skip. Every other step sees the same samples as before.",
         nargs="+", type=int, at_least=1, may_change=True, in_card=True,
     )  # fmt: skip
 

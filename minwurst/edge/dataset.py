@@ -47,7 +47,8 @@ class CaptionedImages:
 
 def check_and_split(table, settings, seed):
     """Check every row, and hold some out. All ranks must call it, and get the same."""
-    good = GoodRows(cache_folder(settings) / "good_rows.json", table)
+    file = cache_folder(settings) / "good_rows.json"
+    good = GoodRows(file, table, settings.image_column)
     every = sample_rows(table, settings.max_train_samples, seed)
     skipped = frozenset(settings.skip_rows or ())
     every, fingerprint = check_rows(

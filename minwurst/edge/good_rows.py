@@ -22,21 +22,22 @@ from minwurst.edge.files import replacing
 class GoodRows:
     """known: {name of a row: [stamp, digest]}."""
 
-    def __init__(self, file, rows):
-        """rows: {"image": {"bytes", "path"}, "text", "number"}, with nothing decoded."""
-        self.file, self.known, self.stamps = file, {}, {}
-        with contextlib.suppress(OSError, ValueError):  # it only saves time
-            known = json.loads(file.read_text(encoding="utf-8"))
-            self.known = {
-                name: entry for name, entry in known.items()
-                if isinstance(entry, list) and len(entry) == 2
-            } if isinstance(known, dict) else {}  # fmt: skip
+    def __init__(self, file, rows, image_column="image"):
+        """rows: {"image": {"bytes", "path"}, "text", "number"}, with nothing decoded.
+
+        image_column: where a table has the images; another column has other images.
+        """
+        self.file, self.known = file, {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it only saves time
+            entries = json.loads(file.read_text(encoding="utf-8")).items()
+            self.known = {n: e for n, e in entries if isinstance(e, list) and len(e) == 2}
         images, columns = rows.data.column("image"), ("number", "text")
         paths = pc.struct_field(images, "path").to_pylist()
         stored = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0).to_pylist()
         numbers, texts = (rows.data.column(name).to_pylist() for name in columns)
         tables = [table["filename"] for table in rows.cache_files]
-        self.tables = f"{tables} {[stamp_of(table) for table in tables]}" if tables else None
+        stamps = [stamp_of(table) for table in tables]
+        self.tables = f"{tables} {stamps} {image_column}" if tables else None
         self.rows = {
             number: (None if size else path, text)
             for number, path, size, text in zip(numbers, paths, stored, texts, strict=True)

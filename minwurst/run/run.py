@@ -142,9 +142,9 @@ class Run:
         on_main(run_file.write, self)
 
     def is_due(self, step, every):
-        """Whether something is due at a step that is due at multiples of `every` and at the end.
+        """Whether what happens every `every` steps, and at the last one, is due at this step.
 
-        What would be due at a skipped step is due at the one before it.
+        What would be due at a skipped step is due at the step before it.
         """
         following = step + 1
         while following in self.skipped:
