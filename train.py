@@ -54,8 +54,8 @@ def main(settings):
     # --cache_latents a cache that is filled here. It also holds the encoded validation prompts.
     source = open_source(run, data, compute_type)
 
-    # ---- What is trained: all weights of the prior, in fp32.
-    prior = models.load_prior(parts.prior).to(device).train()
+    # ---- What is trained: all weights of the prior, in fp32. With --from_scratch, it is a new one.
+    prior = models.initial_prior(parts, run.seed).to(device).train()
     trainable = dict(prior.named_parameters())
     # ----
     if settings.gradient_checkpointing:
@@ -80,7 +80,7 @@ def main(settings):
     # Samples: one endless shuffled stream, of which every rank reads its own positions.
     samples = source.samples(data.rows, run.seed, settings.caption_dropout, data.skipped)
     stream = batches(samples, run.positions(), settings.dataloader_num_workers)
-    objective = diffusion.Objective(**settings.objective_options())  # its times and loss weights
+    objective = diffusion.objective_of(prior.config, **settings.objective_options())
 
     # What watches: memory and disk before the first step, then non-finite numbers, log, validation.
     run.announce(prior, source)
@@ -108,8 +108,8 @@ def main(settings):
             uniform = randomness.uniform(run.seed, positions, latents.device)                # (B,)
             t = objective.timesteps(uniform)                                                 # (B,)
             noise = randomness.noise_like(latents, run.seed, positions)            # (B, 16, h, w)
-            noisy = diffusion.add_noise(latents, noise, t)                         # (B, 16, h, w)
-            target = diffusion.target(latents, noise, t)         # the noise itself, (B, 16, h, w)
+            noisy = objective.add_noise(latents, noise, t)                         # (B, 16, h, w)
+            target = objective.target(latents, noise, t)         # the noise itself, (B, 16, h, w)
 
             with distributed.sync_gradients(model, last=micro_step == accumulation - 1):
                 with autocast:

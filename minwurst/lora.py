@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minwurst.base.errors import UserError
-from minwurst.edge import export, lora_file, models
+from minwurst.edge import lora_file, models
 from minwurst.edge.files import replacing
 from minwurst.step import adapter
 
@@ -41,7 +41,7 @@ def merge(file, source, output, scale):
     adapter.set_scale(prior, scale)
     try:
         with replacing(output) as draft:
-            export.save_prior(adapter.merge(prior), draft)
+            adapter.merge(prior).save_pretrained(draft)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} was not written: {error}") from None
     print(f"{output}: the prior of {source} with {scale} × {file}")

@@ -19,7 +19,7 @@ FLAGS = {
 AUTHORS = {"loss_weighting": "p2", "timestep_sampling": "wuerstchen", "caption_dropout": 0.5}
 
 
-def train(prior, trained, wuerstchen, objective):
+def train(prior, trained, wuerstchen, objective, flow=False):
     """Train the parameters `trained` of diffusers' prior; returns their averages, in order."""
     rows = tiny.rows()
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")
@@ -46,8 +46,11 @@ def train(prior, trained, wuerstchen, objective):
         if objective:
             t = ((1 - t) * 1.08 + 0.001).clamp(0.001, 1.0)
             weight = 1 - scheduler._alpha_cumprod(t, t.device)
-        predicted = prior(scheduler.add_noise(latents, noise, t), t, text)
-        squares = torch.nn.functional.mse_loss(predicted, noise, reduction="none")
+        noisy, target = scheduler.add_noise(latents, noise, t), noise
+        if flow:
+            noisy, target = torch.lerp(latents, noise, t[:, None, None, None]), noise - latents
+        predicted = prior(noisy, t, text)
+        squares = torch.nn.functional.mse_loss(predicted, target, reduction="none")
         (squares.mean(dim=(1, 2, 3)) * weight).mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.05)
         optimizer.step()

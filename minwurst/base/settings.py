@@ -77,6 +77,12 @@ class Settings:
         "Folder or Hub repository with the image encoder that turns images into latents.",
         may_change=True,
     )
+    from_scratch: str = model(
+        None,
+        "Instead of fine-tuning, train a new prior of the sizes in this config.json, or in that of "
+        "a model folder. With \"prediction_type\": \"flow_prediction\" in it, the prior becomes a "
+        "rectified flow. The text encoder is still that of the prior's folder or repository.",
+    )
     cache_dir: str = model(
         None,
         "Folder for downloaded models and data sets, and for what --cache_latents writes.",
@@ -442,6 +448,8 @@ class LoRASettings(Settings):
 
     def check(self):
         super().check()
+        if self.from_scratch:
+            raise UserError("--from_scratch is for train.py: a LoRA needs a trained prior.")
         if self.lora_weights and not os.path.exists(self.lora_weights):
             raise UserError(f"--lora_weights {self.lora_weights}: no such file.")
 

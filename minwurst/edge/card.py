@@ -14,7 +14,7 @@ CARD = """---
 # {name}
 
 {what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), trained with
-minwurst on {data}. It started from {base}.
+minwurst on {data}. It {start}.
 
 {images}
 
@@ -75,10 +75,10 @@ prior.load_lora_weights("{repository}", weight_name="{file}")
 def card(run, repository, files):
     """The card's text. run: as run_file.read gives it. files: as push.results gives them."""
     settings, base, data = run["settings"], run["published"]["base"], run["published"]["data"]
-    is_lora = lora_file.FILE in files
+    is_lora, from_scratch = lora_file.FILE in files, settings.get("from_scratch")
     metadata = huggingface_hub.ModelCardData(
-        license="mit" if (base or "").startswith("warp-ai/") else None,
-        base_model=base,
+        license="mit" if (base or "").startswith("warp-ai/") and not from_scratch else None,
+        base_model=None if from_scratch else base,
         datasets=[data] if data else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -97,7 +97,11 @@ def card(run, repository, files):
         metadata=metadata.to_yaml(),
         name=repository.split("/")[-1],
         what=f"A LoRA of rank {settings['rank']} for" if is_lora else "All weights of",
-        base=f"`{base}`" if base else "a base that is not on the Hub",
+        start="was trained from scratch"
+        if from_scratch
+        else f"started from `{base}`"
+        if base
+        else "started from a base that is not on the Hub",
         data=f"`{data}`" if data else "captioned images",
         images=f"![before and after training]({BEFORE_AFTER})\n\nPrompts: {listed}"
         if BEFORE_AFTER in files

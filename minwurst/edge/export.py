@@ -12,10 +12,10 @@ from pathlib import Path
 import diffusers
 from safetensors import SafetensorError
 
+from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.edge.models import PATTERNS
-from minwurst.step import diffusion
 
 FOLDER = "prior_pipeline"
 PARTS = ("prior", "text_encoder", "tokenizer", "scheduler")
@@ -36,19 +36,14 @@ def save_pipeline(prior, folder, text_folder):
             f"{folder} was not written: {reason(error)} The last checkpoint is intact, and "
             "--resume_from_checkpoint=latest writes the result from it."
         ) from None
+    if (prediction := prior.config.get("prediction_type", "epsilon")) != "epsilon":
+        say(f"It predicts {prediction}, which diffusers' scheduler can't sample; minwurst can.")
     return Path(folder)
-
-
-def save_prior(prior, folder):
-    """Write the prior, with what it predicts in its config if that is not ε."""
-    if diffusion.PREDICTION != "epsilon":
-        prior.register_to_config(prediction_type=diffusion.PREDICTION)
-    prior.save_pretrained(folder)
 
 
 def write_parts(folder, prior, text_folder):
     """The parts and their index, in a folder that does not exist yet."""
-    save_prior(prior, folder / "prior")
+    prior.save_pretrained(folder / "prior")
     for part in ("text_encoder", "tokenizer"):
         (folder / part).mkdir()
         for pattern in PATTERNS:

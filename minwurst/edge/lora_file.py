@@ -19,8 +19,6 @@ from torch import nn
 
 from minwurst.base.errors import UserError
 from minwurst.edge.files import not_finite, reason, replacing
-from minwurst.edge.models import check_prediction
-from minwurst.step import diffusion
 from minwurst.step.adapter import adapters, add_adapter
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -47,9 +45,9 @@ def save(prior, file):
         raise UserError(f"{name} is not finite, so training has failed; no result was written.")
     try:
         with replacing(file) as draft:
-            metadata = {"format": "pt"}
-            if diffusion.PREDICTION != "epsilon":
-                metadata["prediction_type"] = diffusion.PREDICTION
+            metadata = {"format": "pt", "prediction_type": prediction_of(prior)}
+            if metadata["prediction_type"] == "epsilon":  # which the absence of the entry means
+                del metadata["prediction_type"]
             save_file(state_dict(prior), draft, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -58,25 +56,34 @@ def save(prior, file):
     return Path(file)
 
 
+def find(path):
+    """A LoRA's file: the path itself, or what is in its folder."""
+    path = Path(path)
+    if path.is_dir():
+        inside = [path / name for name in (FILE, "adapter_model.safetensors")]
+        path = next((file for file in inside if file.is_file()), inside[0])
+    if not path.is_file():
+        raise UserError(f"LoRA {path}: no such file.")
+    return path
+
+
+def prediction_of(prior):
+    return prior.config.get("prediction_type", "epsilon")
+
+
 def read(file):
     """A LoRA file as {layer: (A (rank, in), B (out, rank))}, alpha/rank multiplied into B.
 
     file: ours, one by diffusers or PEFT, or the folder of one. A UserError names an unknown key, or
     says what is wrong with the file.
     """
-    file = Path(file)
-    if file.is_dir():
-        inside = [file / name for name in (FILE, "adapter_model.safetensors")]
-        file = next((path for path in inside if path.is_file()), inside[0])
-    if not file.is_file():
-        raise UserError(f"LoRA {file}: no such file.")
+    file = find(file)
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"LoRA {file} can't be read: {error}") from None
-    check_prediction(metadata.get("prediction_type", "epsilon"), f"LoRA {file}")
     if name := not_finite(tensors):
         raise UserError(f"LoRA {file}: {name} is not finite.")
 
@@ -135,7 +142,14 @@ def scaling_of(file, metadata, from_peft):
 
 
 def check_layers(prior, layers, file):
-    """UserError if a file's layers or shapes are not the prior's."""
+    """UserError if a file's layers, shapes or prediction are not the prior's."""
+    with safe_open(find(file), framework="pt") as opened:
+        predicted = (opened.metadata() or {}).get("prediction_type", "epsilon")
+    if predicted != prediction_of(prior):
+        raise UserError(
+            f"LoRA {file} is for a prior that predicts {predicted}, and this one predicts "
+            f"{prediction_of(prior)}."
+        )
     linear = {name: m for name, m in prior.named_modules() if isinstance(m, nn.Linear)}
     for name, (a, b) in layers.items():
         layer = linear.get(name) or linear.get(f"{name}.base")

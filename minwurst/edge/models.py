@@ -37,9 +37,9 @@ transformers.utils.logging.disable_progress_bar()
 class Parts:
     """The folders of a model's parts.
 
-    prior: of the prior's own files. text: has text_encoder/ and tokenizer/. image_encoder. decoder:
-    has the parts of Stages B and A, or None. prior_alone: whether the prior's folder has no text
-    encoder beside it.
+    prior: of the prior's own files; from_scratch: only of its config. text: has text_encoder/ and
+    tokenizer/. image_encoder. decoder: has the parts of Stages B and A, or None. prior_alone:
+    whether the prior's folder has no text encoder beside it.
     """
 
     prior: Path
@@ -47,6 +47,7 @@ class Parts:
     image_encoder: Path
     decoder: Path | None
     prior_alone: bool
+    from_scratch: bool = False
 
 
 # ---- Finding.
@@ -59,11 +60,13 @@ def find(settings):
     encoder = settings.image_encoder_name_or_path
     image_encoder = locate("image_encoder_name_or_path", encoder, settings.cache_dir)
     text = text_folder(source, settings.cache_dir)
-    check_parts(source, text, image_encoder)
+    check_parts(source, text, image_encoder, from_scratch=settings.from_scratch)
     decoder = None
     if settings.validation_prompts and settings.validation_decoder == "full":
         decoder = find_decoder(settings.pretrained_decoder_model_name_or_path, settings.cache_dir)
-    parts = Parts(prior_folder(source), text, image_encoder, decoder, is_prior_alone(source))
+    from_scratch = settings.from_scratch is not None
+    prior = find_config(settings.from_scratch) if from_scratch else prior_folder(source)
+    parts = Parts(prior, text, image_encoder, decoder, is_prior_alone(source), from_scratch)
     check_fit(parts)
     return parts
 
@@ -112,6 +115,14 @@ def prior_folder(folder):
     return Path(folder) if is_prior_alone(folder) else Path(folder) / "prior"
 
 
+def find_config(path):
+    """The config of a new prior: a .json file, or the folder of a prior's config.json."""
+    config = prior_folder(path) if Path(path).is_dir() else Path(path)
+    if not (config.suffix == ".json" and config.is_file() or (config / "config.json").is_file()):
+        raise UserError(f"--from_scratch {path}: no .json file, and no folder with a config.json.")
+    return config
+
+
 def text_folder(folder, cache_dir=None):
     """The folder with the text_encoder/ and tokenizer/ that belong to the prior in `folder`."""
     if is_prior_alone(folder):
@@ -119,13 +130,11 @@ def text_folder(folder, cache_dir=None):
     return Path(folder)
 
 
-def check_parts(source, text, image_encoder=None):
+def check_parts(source, text, image_encoder=None, from_scratch=None):
     """UserError names the first missing part."""
-    needed = [
-        (source, (prior_folder(source) / "config.json").relative_to(source)),
-        (text, "text_encoder/config.json"),
-        (text, "tokenizer/tokenizer_config.json"),
-    ]
+    needed = [(text, "text_encoder/config.json"), (text, "tokenizer/tokenizer_config.json")]
+    if not from_scratch:
+        needed.insert(0, (source, (prior_folder(source) / "config.json").relative_to(source)))
     if image_encoder:
         needed.append((image_encoder, "config.json"))
     for folder, file in needed:
@@ -198,23 +207,52 @@ def fingerprint(*folders):
 def load_prior(folder, dtype=torch.float32, as_trained=False):
     """The prior in `dtype`, from its own folder or the one that contains `prior/`.
 
-    A prior that does not say what it predicts predicts ε. Fine-tuning may turn it into another,
-    but as_trained, to sample with it, it has to be what diffusion.py samples.
+    A prior that does not say what it predicts predicts ε. A fork that predicts something else may
+    train it further, but as_trained, to sample with it, it has to be something that is known here.
     """
     folder = prior_folder(folder)
-    default = "epsilon" if as_trained else diffusion.PREDICTION
     prior = networks.load(WuerstchenPrior, folder, dtype)
-    check_prediction(prior.config.get("prediction_type", default), folder)
+    default = "epsilon" if as_trained else diffusion.Objective.prediction
+    record_prediction(prior, prior.config.get("prediction_type", default), folder)
     return prior
 
 
-def check_prediction(found, where):
-    """UserError if a network was trained to predict something else than step/diffusion.py."""
-    if found != diffusion.PREDICTION:
+def record_prediction(prior, prediction, where):
+    """Write into the prior's config what it predicts, unless that is ε; UserError if unknown."""
+    if prediction not in diffusion.OBJECTIVES:
+        known = ", ".join(diffusion.OBJECTIVES)
         raise UserError(
-            f"{where} predicts {found}, but step/diffusion.py {diffusion.PREDICTION}. Use the "
-            "version of this project that it was trained with."
+            f"{where} predicts {prediction}, and step/diffusion.py knows {known}. Use the version "
+            "of this project that it was trained with."
         )
+    if prediction != "epsilon":
+        prior.register_to_config(prediction_type=prediction)
+
+
+def prediction_of(folder):
+    """What a prior of this config will be trained to predict."""
+    config = networks.config_of(WuerstchenPrior, folder)
+    return config.get("prediction_type", diffusion.Objective.prediction)
+
+
+def initial_prior(parts, seed):
+    """The prior that full training starts from, fp32: loaded, or with --from_scratch a new one.
+
+    A new one predicts its input at first: the head divides by |1 − b|, which random weights would
+    bring near zero, and so its weights start at zero.
+    """
+    if not parts.from_scratch:
+        return load_prior(parts.prior)
+
+    def make(path):
+        torch.manual_seed(seed)
+        return WuerstchenPrior.from_config(networks.read_config(WuerstchenPrior, path))
+
+    prior = load_part(make, parts.prior)
+    torch.nn.init.zeros_(prior.out[1].weight)
+    torch.nn.init.zeros_(prior.out[1].bias)
+    record_prediction(prior, prediction_of(parts.prior), parts.prior)
+    return prior
 
 
 def load_text(folder, dtype):

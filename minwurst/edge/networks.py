@@ -56,12 +56,12 @@ def load(kind, folder, dtype):
     return load_part(read, Path(folder))
 
 
-def read_config(kind, folder):
-    """A network's config.json as a dict, checked."""
-    file = Path(folder) / "config.json"
+def read_config(kind, path):
+    """A network's config as a dict, checked. path: of the .json file, or of its folder."""
+    file = Path(path) if Path(path).suffix == ".json" else Path(path) / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
-        raise ValueError("config.json is not a JSON object")
+        raise ValueError(f"{file.name} is not a JSON object")
     name = config.get("_class_name", kind.__name__)
     if name != kind.__name__:
         raise ValueError(f"it is a {name}, not a {kind.__name__}")
@@ -89,7 +89,7 @@ def check_sizes(config):
         numbers = [number for number in numbers if isinstance(number, int | float)]
         blocks = sum(numbers) if "block" in key or key == "depth" else 0
         if any(not -1 <= number <= LARGEST for number in numbers) or blocks > MOST_BLOCKS:
-            raise ValueError(f"config.json: {key} is {value}, which is not possible")
+            raise ValueError(f"its config: {key} is {value}, which is not possible")
 
 
 def read_tensors(folder, expected=None):

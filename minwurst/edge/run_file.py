@@ -14,7 +14,6 @@ from minwurst.base.errors import UserError
 from minwurst.base.ranks import world_size
 from minwurst.base.settings import public
 from minwurst.edge.files import reason, replacing
-from minwurst.step import diffusion
 
 FILE = "run.json"
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
@@ -51,7 +50,7 @@ def write(run):
         "identity": run.identity,
         "published": publishable_names(settings, run.parts.prior_alone),
         "steps": max(run.last_step, run.step),
-        "prediction_type": diffusion.PREDICTION,
+        "prediction_type": run.identity["prediction"],
         "starts": [*before.get("starts", []), start],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)

@@ -102,8 +102,11 @@ def generate(prior, names, guidance, seed):
     noise = [
         randomness.sampling_noise(seed, randomness.image_key(name, 0), (16, 6, 6)) for name in names
     ]
-    predict_noise = diffusion.guided(prior, {"text": torch.cat([states[:-1], empty])}, guidance)
-    return diffusion.sample(predict_noise, torch.cat(noise, dim=1), diffusion.prior_times())
+    predict = diffusion.guided(prior, {"text": torch.cat([states[:-1], empty])}, guidance)
+    objective = diffusion.objective_of(prior.config)
+    return diffusion.sample(
+        predict, torch.cat(noise, dim=1), objective.times(), objective.reverse_step
+    )
 
 
 @torch.no_grad()
@@ -117,10 +120,11 @@ def unseen_loss(prior, world):
     text = encode_text(*models.load_text(WEIGHTS, torch.float32), captions)
     noise = randomness.noise(0, world.generated, clean.shape[1:])
     uniform, errors = randomness.uniform(0, world.generated), []
+    objective = diffusion.objective_of(prior.config)
     for quarter in range(4):
-        t = (quarter + uniform) / 4
-        noisy = diffusion.add_noise(clean, noise, t)
-        predicted = diffusion.predicted_noise(prior(noisy, t, text), noisy, t)
+        t = objective.same_snr((quarter + uniform) / 4)
+        noisy = objective.add_noise(clean, noise, t)
+        predicted = objective.predicted_noise(prior(noisy, t, text), noisy, t)
         errors.append((predicted - noise).square().mean().item())
     return sum(errors) / 4
 

@@ -44,7 +44,7 @@ def activations(
 
         trained_type = compute_type if adapt else torch.float32
         with metrics.ignored(), FakeTensorMode(), default_type(trained_type):
-            prior = kind(**{**config, "depth": depth})
+            prior = kind.from_config({**config, "depth": depth})
             if adapt:
                 adapt(prior)
             prior.gradient_checkpointing = recompute

@@ -25,7 +25,7 @@ from minwurst.edge import files, models, push, run_file
 from minwurst.edge.grids import BEFORE_AFTER
 from minwurst.run import checkpoint, estimate, trackers
 from minwurst.run.saver import Saver
-from minwurst.step import diffusion, randomness
+from minwurst.step import randomness
 from minwurst.step.distributed import on_main
 from minwurst.step.samples import BatchLayout
 
@@ -106,7 +106,7 @@ class Run:
             "prior": on_main(models.fingerprint, parts.prior)
             if isinstance(self.settings, LoRASettings)
             else models.prior_sizes(parts.prior),
-            "prediction": diffusion.PREDICTION,
+            "prediction": models.prediction_of(parts.prior),
             "world": world_size(),
         }
         for change in self.changes + check_same_run(self.progress["identity"], self.identity):

@@ -193,8 +193,9 @@ def generate_latents(model, condition, shape, *, seed, key, guidance=4.0):
     """
     device = next(iter(condition.values())).device
     noise = randomness.sampling_noise(seed, key, shape).to(device)
-    predict_noise = diffusion.guided(model, condition, guidance)
-    return diffusion.sample(predict_noise, noise, diffusion.prior_times())
+    objective = diffusion.objective_of(model.prior.config)
+    predict = diffusion.guided(model, condition, guidance)
+    return diffusion.sample(predict, noise, objective.times(), objective.reverse_step)
 
 
 class HeldOutLoss:
@@ -215,15 +216,15 @@ class HeldOutLoss:
         starts = range(0, self.count, self.batch)[rank() :: world_size()]
         parts = [range(start, min(start + self.batch, self.count)) for start in starts]
         sums = torch.zeros(4, device=self.device)
-        seed = self.samples.seed
+        seed, objective = self.samples.seed, diffusion.objective_of(model.prior.config)
         for batch in batches(self.samples, parts, self.workers):
             latents, condition = self.source.encode(batch)
             uniform = randomness.uniform(seed, batch["positions"], latents.device)
             noise = randomness.noise_like(latents, seed, batch["positions"])
             for quarter in range(4):
-                t = (quarter + uniform) / 4                                          # (B,)
-                noisy = diffusion.add_noise(latents, noise, t)
-                predicted = diffusion.predicted_noise(model(noisy, t, **condition), noisy, t)
+                t = objective.same_snr((quarter + uniform) / 4)                      # (B,)
+                noisy = objective.add_noise(latents, noise, t)
+                predicted = objective.predicted_noise(model(noisy, t, **condition), noisy, t)
                 error = (predicted - noise).square().mean(dim=(1, 2, 3))             # (B,)
                 sums[quarter] += error.sum()
         return sums.tolist()
