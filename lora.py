@@ -40,7 +40,7 @@ def main(settings):
     # Data and models are found, then every row is read once, before anything large is loaded.
     table = dataset.find(settings)
     parts = models.find(settings)  # the folders of prior, text encoder, image encoder, decoder
-    data = dataset.check_and_split(table, settings, run.seed)
+    data = dataset.check_and_split(table, run)
     run.identify(parts, data)  # refuses to resume another run; sets run.steps and run.last_step
 
     # Precision: trained weights are fp32; autocast runs the forward pass in the compute type.
@@ -83,7 +83,7 @@ def main(settings):
     model = distributed.wrap_ddp(prior, device, autocast)  # on one rank, the prior itself
 
     # Samples: one endless shuffled stream, of which every rank reads its own positions.
-    samples = source.samples(data.rows, run.seed, settings.caption_dropout, data.skipped)
+    samples = source.samples(data, run)
     stream = batches(samples, run.positions(), settings.dataloader_num_workers)
     objective = diffusion.objective_of(prior.config, **settings.objective_options())
 

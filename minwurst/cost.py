@@ -60,7 +60,7 @@ def memory_table():
             "gradient_checkpointing": "--gradient_checkpointing" in command,
         }
         one, two = (
-            activations(PUBLISHED, batch=b, latent_size=24, adapt=None if full else adapt, **common)
+            activations(PUBLISHED, batch=b, shape=(24, 24), adapt=None if full else adapt, **common)
             for b in (1, 2)
         )
         needs = memory(

@@ -126,7 +126,7 @@ def main(settings):
     compute_type = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     autocast = torch.autocast(device.type, compute_type, enabled=precision != "no")
     encoders = Encoders(
-        lambda: models.load_text(text_folder, compute_type), None, None, compute_type, device
+        lambda: models.load_text(text_folder, compute_type), None, compute_type, device
     )
     encoders.add_prompts(settings.prompt)
     encoders.unload()

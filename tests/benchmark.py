@@ -273,7 +273,7 @@ def memory(rounds=0):
     """
 
     def a_picture(compute_type, kind, recompute=False):
-        common = {"latent_size": SIZE, "compute_type": compute_type, "kind": kind}
+        common = {"shape": (SIZE, SIZE), "compute_type": compute_type, "kind": kind}
         one, two = (
             estimate.activations(PUBLISHED, batch=batch, gradient_checkpointing=recompute, **common)
             for batch in (1, 2)
@@ -377,7 +377,7 @@ def read_data(rounds):
 @torch.no_grad()
 def encoded_both_ways(folder, rows):
     """Functions (encode as the reference, read from a cache), checked to return the same."""
-    encoders = models.make_encoders(tiny.parts(folder), 768, torch.bfloat16, DEVICE)
+    encoders = models.make_encoders(tiny.parts(folder), torch.bfloat16, DEVICE)
     image_encoder = reference_image_encoder(folder / "image_encoder")
 
     @torch.no_grad()
@@ -388,14 +388,16 @@ def encoded_both_ways(folder, rows):
 
     with tempfile.TemporaryDirectory(dir=WORK) as place:
         with contextlib.redirect_stdout(sys.stderr):  # keeps its output out of the table
-            encoded = cache.encode_all(Path(place), rows, encoders)
-        samples = encoded.samples(rows, 1)
+            data = tiny.data(rows, 768)
+            encoded = cache.encode_all(Path(place), data, encoders)
+        buckets = tiny.samples(rows, 768, 1).buckets
+        samples = cache.EncodedSamples(rows, buckets, 1, encoded=encoded)
         found = [samples[n] for n in range(len(rows))]  # maps the files, so they can be deleted
 
     def ours():
         return encoded.encode(collate([samples[position] for position in range(len(rows))]))
 
-    order = [encoded.rows[samples.row(n)["number"]] for n in range(len(found))]
+    order = [encoded.rows[samples.row(n)["number"]][1] for n in range(len(found))]
     latents, condition = ours()
     for one, two in zip((latents, condition["text"]), theirs(), strict=True):
         agree(one, two[order], 2e-2, "a pair from the cache")
@@ -409,7 +411,7 @@ def encode(rounds, count=8):
     rows = open_pictures().select(range(count))
     folder, half = make_wuerstchen(MODEL), torch.bfloat16
     their_pairs, our_pairs = encoded_both_ways(folder, rows)
-    encoders = models.make_encoders(tiny.parts(folder), 768, half, DEVICE)
+    encoders = models.make_encoders(tiny.parts(folder), half, DEVICE)
     pixels = torch.stack([preprocess(open_image(found), 768) for found in rows])
     captions = list(rows["text"])
     sides = {

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minwurst.base.errors import UserError
-from minwurst.edge import cache, models
+from minwurst.edge import cache, models, sharded
 from minwurst.run import checkpoint
 from minwurst.step.encoders import Encoders
 from minwurst.step.images import open_image
-from minwurst.step.samples import Samples, batches
+from minwurst.step.samples import batches
 from tests import tiny
 from tests.conftest import assert_bitwise_equal, flags, relative, torchrun, train_here
 
@@ -43,7 +43,7 @@ def short_files(monkeypatch):
 
 
 def encoders_of(wuerstchen, compute_type=torch.float32):
-    return models.make_encoders(tiny.parts(wuerstchen), 64, compute_type, CPU)
+    return models.make_encoders(tiny.parts(wuerstchen), compute_type, CPU)
 
 
 def no_encoders(monkeypatch):
@@ -63,11 +63,11 @@ def test_it_holds_what_the_encoders_give(wuerstchen, listed, tmp_path, compute_t
     """Every sample of an epoch, with caption lists, dropped captions, and any number of workers."""
     rows = tiny.rows(dataset_name=str(listed))
     encoders = encoders_of(wuerstchen, compute_type)
-    store = cache.encode_all(tmp_path, rows, encoders)
+    store = cache.encode_all(tmp_path, tiny.data(rows), encoders)
     assert not {"text", "image"} & vars(encoders).keys()  # unloaded
     chosen = rows.select(range(20, 50))  # as with held-out rows
-    plain = Samples(chosen, 64, 3, 0.3)
-    cached = cache.EncodedSamples(chosen, 64, 3, 0.3, encoded=store)
+    plain = tiny.samples(chosen, 64, 3, caption_dropout=0.3)
+    cached = cache.EncodedSamples(chosen, plain.buckets, 3, 0.3, encoded=store)
     places = [range(start, start + 5) for start in range(0, 30, 5)]
     met = set()
     one, two = (batches(cached, places, workers) for workers in (0, 2))
@@ -151,7 +151,7 @@ def test_ranks_share_it(still_wuerstchen, listed, tmp_path, monkeypatch):
     rows = tiny.rows(dataset_name=str(listed))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in torchrun's processes
-    cache.encode_all(tmp_path / "alone", rows, encoders_of(still_wuerstchen))
+    cache.encode_all(tmp_path / "alone", tiny.data(rows), encoders_of(still_wuerstchen))
     torch.set_num_threads(threads)
     assert found == {file.name: file.read_bytes() for file in tmp_path.glob("alone/*")}
     no_encoders(monkeypatch)
@@ -175,7 +175,7 @@ def test_two_runs_may_start_on_one_new_folder(warm, wuerstchen, listed, tmp_path
 def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
     """Pickling sends file names, so no tensor is copied, even when processes are not forked."""
     rows = tiny.rows()
-    store = cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
+    store = cache.encode_all(tmp_path, tiny.data(rows), encoders_of(wuerstchen))
     text = store.text[5]["text"]
     packed = pickle.dumps(store)
     assert len(packed) < 20_000
@@ -189,7 +189,7 @@ def test_another_process_opens_the_files_itself(wuerstchen, tmp_path):
 def filled(wuerstchen, tmp_path):
     """(folder, rows, content of the files) of a complete cache."""
     rows = tiny.rows()
-    cache.encode_all(tmp_path / "cache", rows, encoders_of(wuerstchen))
+    cache.encode_all(tmp_path / "cache", tiny.data(rows), encoders_of(wuerstchen))
     files = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
     assert len(files) == 8  # 56 images and 57 captions, 16 per file
     return tmp_path / "cache", rows, files
@@ -218,18 +218,18 @@ def test_a_damaged_file_alone_is_written_again(wuerstchen, filled, kind, change,
         (folder / bad).unlink()
     else:
         (folder / bad).write_bytes(DAMAGE[change](before[bad]))
-    written, write = [], cache.ShardedTensors.write
+    written, write = [], sharded.ShardedTensors.write
     monkeypatch.setattr(
-        cache.ShardedTensors, "write",
+        sharded.ShardedTensors, "write",
         lambda self, start, tensors: written.append(self.file(start).name)
         or write(self, start, tensors),
     )  # fmt: skip
     encoders, other = encoders_of(wuerstchen), {"text": "image", "latents": "text"}[kind]
     monkeypatch.delattr(Encoders, other)  # the encoder that is not needed is not loaded
     if change == "flipped":
-        cache.encode_all(folder, rows, encoders_of(wuerstchen))
+        cache.encode_all(folder, tiny.data(rows), encoders_of(wuerstchen))
         assert not written
-    cache.encode_all(folder, rows, encoders, recheck=change == "flipped")
+    cache.encode_all(folder, tiny.data(rows), encoders, recheck=change == "flipped")
     assert written == [bad]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -261,8 +261,8 @@ def test_a_file_of_another_length_is_written_again(wuerstchen, filled):
     folder, rows, before = filled
     file = folder / "latents-00000048.safetensors"
     tensors = {"latents": load_file(file)["latents"][:3].clone()}
-    save_file(tensors, file, metadata={"sha256": cache.digest(tensors)})
-    cache.encode_all(folder, rows, encoders_of(wuerstchen))
+    save_file(tensors, file, metadata={"sha256": sharded.digest(tensors)})
+    cache.encode_all(folder, tiny.data(rows), encoders_of(wuerstchen))
     assert file.read_bytes() == before[file.name]
 
 
@@ -279,13 +279,13 @@ def test_a_stopped_run_goes_on_where_it_was(wuerstchen, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Encoders, "latents", stop)
     with pytest.raises(KeyboardInterrupt):
-        cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
+        cache.encode_all(tmp_path, tiny.data(rows), encoders_of(wuerstchen))
     assert len(list(tmp_path.glob("latents-*"))) == 2 and len(list(tmp_path.glob("text-*"))) == 4
     calls.clear(), capsys.readouterr()
     monkeypatch.setattr(
         Encoders, "latents", lambda self, pixels: calls.append(1) or latents(self, pixels)
     )
-    cache.encode_all(tmp_path, rows, encoders_of(wuerstchen))
+    cache.encode_all(tmp_path, tiny.data(rows), encoders_of(wuerstchen))
     assert "24 images and 0 captions to encode" in capsys.readouterr().out
     assert len(calls) == 3  # 24 images, 8 at a time
 

@@ -38,7 +38,7 @@ def kept_for_real(recompute, compute_type, adapt=None):
 @pytest.mark.parametrize("compute_type", [torch.float32, torch.bfloat16])
 def test_activations_are_those_of_a_real_pass(compute_type):
     counted = estimate.activations(
-        CONFIG, batch=3, latent_size=6, compute_type=compute_type, gradient_checkpointing=False
+        CONFIG, batch=3, shape=(6, 6), compute_type=compute_type, gradient_checkpointing=False
     )
     assert counted == pytest.approx(kept_for_real(False, compute_type), rel=0.02)
 
@@ -53,7 +53,7 @@ def test_activations_of_adapters_are_those_of_a_real_pass():
         estimate.activations(
             CONFIG,
             batch=3,
-            latent_size=6,
+            shape=(6, 6),
             compute_type=torch.bfloat16,
             gradient_checkpointing=False,
             adapt=a,
@@ -67,7 +67,7 @@ def test_activations_of_adapters_are_those_of_a_real_pass():
 def test_recomputing_counts_what_it_keeps_and_one_triple_of_blocks():
     counted, plain = (
         estimate.activations(
-            CONFIG, batch=3, latent_size=6, compute_type=torch.float32,
+            CONFIG, batch=3, shape=(6, 6), compute_type=torch.float32,
             gradient_checkpointing=recompute,
         )
         for recompute in (True, False)

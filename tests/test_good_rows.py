@@ -54,7 +54,7 @@ def test_tables_are_read_once(tmp_path, read):
 
 
 def test_what_changed_is_read_again(folder, tmp_path, read):
-    rows, first = check(folder, tmp_path)
+    rows, first, _ = check(folder, tmp_path)
     read.clear()
     shutil.copyfile(rows[3]["image"]["path"], rows[5]["image"]["path"])
     metadata = folder / "metadata.jsonl"
@@ -76,7 +76,7 @@ def test_an_unreadable_list_only_costs_time(folder, tmp_path, read):
 
 @pytest.mark.parametrize("loss", ["gone", "damaged"])
 def test_a_skipped_row_keeps_its_digest(folder, tmp_path, loss):
-    rows, first = check(folder, tmp_path)
+    rows, first, _ = check(folder, tmp_path)
     path = rows[7]["image"]["path"]
     if loss == "gone":
         os.unlink(path)

@@ -27,7 +27,7 @@ def test_parts_load(wuerstchen):
     tokenizer, text_encoder = models.load_text(models.text_folder(wuerstchen), torch.bfloat16)
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")
     parts = tiny.parts(wuerstchen)
-    encoders = models.make_encoders(parts, 96, torch.bfloat16, torch.device("cpu"))
+    encoders = models.make_encoders(parts, torch.bfloat16, torch.device("cpu"))
     models.check_fit(parts)
     assert prior.dtype == encoder.dtype == torch.float32 and text_encoder.dtype == torch.bfloat16
     assert prior.training is False and not text_encoder.training and not encoder.training

@@ -111,7 +111,7 @@ def test_recomputing_keeps_less():
     config = {**PUBLISHED, "depth": 32}
     kept = {
         recompute: estimate.activations(
-            config, batch=1, latent_size=24, compute_type=torch.float32,
+            config, batch=1, shape=(24, 24), compute_type=torch.float32,
             gradient_checkpointing=recompute,
         )
         for recompute in (False, True)

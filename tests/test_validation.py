@@ -176,7 +176,7 @@ def test_held_out_loss_is_the_plain_error_at_fixed_times(still_wuerstchen, tmp_p
     tokenizer, text_encoder = models.load_text(still_wuerstchen, torch.float32)
     encoder = models.load_image_encoder(still_wuerstchen / "image_encoder")
     seed = randomness.held_out_seed(7)
-    pairs = Samples(held_out, 64, seed)
+    pairs = tiny.samples(held_out, 64, seed)
     found = torch.zeros(4)
     with torch.no_grad():
         for position in range(len(held_out)):

@@ -18,9 +18,11 @@ from minwurst.base.settings import Settings
 from minwurst.edge import dataset, models
 from minwurst.miniature.text import make_text_encoder, make_tokenizer
 from minwurst.step import diffusion
+from minwurst.step.buckets import Buckets
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.prior import WuerstchenPrior
+from minwurst.step.samples import Samples
 from minwurst.step.stage_a import PaellaVQModel
 from minwurst.step.stage_b import WuerstchenDiffNeXt
 
@@ -38,6 +40,19 @@ def rows(**settings):
     """
     given = settings or {"train_data_dir": IMAGES}
     return dataset.find(Settings(**{name: str(value) for name, value in given.items()}))
+
+
+def samples(rows, side, seed, **options):
+    """The stream of these rows' samples, of side × side pixels."""
+    return Samples(rows, Buckets.one(len(rows), side // 32, seed), seed, **options)
+
+
+def data(rows, side=64):
+    """Rows as `dataset.check_and_split` gives them, all to be trained on, as squares."""
+    shape_of = dict.fromkeys(rows["number"], 0)
+    return dataset.CaptionedImages(
+        rows, rows.select([]), rows, frozenset(), "", [(side // 32, side // 32)], shape_of
+    )
 
 
 def parts(folder):

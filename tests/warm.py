@@ -259,7 +259,7 @@ if __name__ == "__main__":
     models.load_text(wuerstchen, torch.float32)
     config_of_prior = dict(models.load_prior(wuerstchen).config)
     estimate.activations(
-        config_of_prior, batch=1, latent_size=1, compute_type=torch.float32,
+        config_of_prior, batch=1, shape=(1, 1), compute_type=torch.float32,
         gradient_checkpointing=False,
     )  # fmt: skip
     Image.init()

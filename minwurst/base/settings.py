@@ -141,6 +141,21 @@ class Settings:
         "latents of 24×24, which the decoder turns into 1024×1024 pixels.",
         in_card="always",
     )
+    aspect_buckets: int = data(
+        None,
+        "Train on images of at most this many shapes instead of squares alone. All have about as "
+        "many pixels as the square, each step's batch is of one shape, and the shapes are chosen "
+        "so that the images lose least to cropping.",
+        at_least=1,
+        in_card=True,
+    )
+    random_flip: bool = data(
+        False, "Mirror half of the samples, chosen at random.", in_card=True
+    )
+    random_crop: bool = data(
+        False, "Crop at a random place instead of the center; not with --cache_latents.",
+        in_card=True,
+    )  # fmt: skip
     caption_dropout: float = data(
         0.0,
         "Fraction of samples whose caption is replaced by the empty one. Classifier-free guidance "
@@ -391,6 +406,8 @@ class Settings:
                 f"--resolution is {self.resolution}; it must be a multiple of 32, the stride of "
                 f"the image encoder: try {near}."
             )
+        if self.random_crop and self.cache_latents:
+            raise UserError("--random_crop crops a sample anew each time: drop --cache_latents.")
         if self.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
             raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
         if self.report_to == "wandb" and not importlib.util.find_spec("wandb"):

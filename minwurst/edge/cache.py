@@ -1,15 +1,13 @@
 """Images and captions encoded once, before training, instead of in every epoch.
 
-    encoded = encode_all(folder, rows, encoders)            # reads and writes `folder`
-    samples = encoded.samples(rows, seed)                   # as from encoders.Encoders,
+    encoded = encode_all(folder, data, encoders)            # reads and writes `folder`
+    samples = encoded.samples(data, run)                    # as from encoders.Encoders,
     latents, condition = encoded.encode(batch)              # but nothing is encoded any more
 
-All rows' latents and the conditions of all distinct captions, including the empty one, are stored
-in safetensors files of SHARD entries each, in a folder named after everything that they depend on.
-A file is written completely or not at all and carries the SHA-256 of its numbers. At the start, a
-missing or truncated file is encoded again, and an interrupted run continues where it was; the
-numbers are checked when a file is first read. The files are memory-mapped, so they take no memory
-that others need.
+All rows' latents (with --random_flip, of both sides), by shape, and the conditions of all distinct
+captions, including the empty one, are stored in files (sharded.py) in a folder named after
+everything that they depend on. At the start, a missing or truncated file is encoded again, and an
+interrupted run continues where it was.
 """
 
 import contextlib
@@ -17,25 +15,21 @@ import hashlib
 import json
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from minwurst.base.console import gib, progress, say
+from minwurst.base.console import gib, say
 from minwurst.base.errors import UserError
-from minwurst.base.ranks import rank, world_size
 from minwurst.edge import dataset, files, models
+from minwurst.edge.sharded import ShardedTensors
 from minwurst.step import distributed
+from minwurst.step.buckets import STRIDE
 from minwurst.step.distributed import to_device
 from minwurst.step.images import open_image, preprocess
 from minwurst.step.samples import Samples, batches, captions_of
 
 FORMAT = "1, pictures resized and cropped in the centre"
-SHARD = 64  # entries per file: 2.3 MiB of latents at 768 pixels, 12 MiB of half-precision text
-BATCH = 8  # entries per forward pass, whatever the training's batch, so that files are identical
 
 
 def folder_for(root, **facts):
@@ -44,134 +38,41 @@ def folder_for(root, **facts):
     return Path(root) / f"latents-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def digest(tensors):
-    """The SHA-256 of the numbers of some tensors, {name: tensor}."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-class ShardedTensors:
-    """`count` entries {name: tensor} of one kind, SHARD per file."""
-
-    def __init__(self, folder, kind, count):
-        self.folder, self.kind, self.count, self.opened = folder, kind, count, {}
-
-    def __reduce__(self):  # another process maps the files itself
-        return ShardedTensors, (self.folder, self.kind, self.count)
-
-    def __getitem__(self, number):
-        start = number - number % SHARD
-        if start not in self.opened:
-            self.opened[start] = self.read(start)
-        return {name: tensor[number % SHARD] for name, tensor in self.opened[start].items()}
-
-    def file(self, start):
-        """The file whose first entry is number `start`."""
-        return self.folder / f"{self.kind}-{start:08}.safetensors"
-
-    def length(self, start):
-        """The number of entries in this file."""
-        return min(SHARD, self.count - start)
-
-    def read(self, start):
-        """A file's tensors; UserError if they are not what was written, and then it is deleted."""
-        try:
-            if self.is_intact(start):
-                return load_file(self.file(start))
-            self.file(start).unlink()
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.file(start)} can't be read: {error}", one_rank=True) from None
-        raise UserError(
-            f"{self.file(start)} has changed since it was written, and is deleted. Resume to "
-            "encode it again.",
-            one_rank=True,
-        )
-
-    def is_whole(self, start):
-        """Whether a file has its full length and number of entries."""
-        try:
-            with safe_open(self.file(start), "pt") as opened:
-                slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118
-                return {part.get_shape()[0] for part in slices} == {self.length(start)}
-        except (OSError, SafetensorError, IndexError):
-            return False
-
-    def is_intact(self, start):
-        """Whether a file also contains the numbers that were written."""
-        if not self.is_whole(start):
-            return False
-        with safe_open(self.file(start), "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return digest(tensors) == (opened.metadata() or {}).get("sha256")
-
-    def missing(self, recheck=False):
-        """The starts of all files that are not whole. Ranks share the work and get the same.
-
-        recheck: also of those whose numbers have changed.
-        """
-        starts = range(0, self.count, SHARD)[rank() :: world_size()]
-        with ThreadPoolExecutor(dataset.threads()) as pool:
-            results = pool.map(self.is_intact if recheck else self.is_whole, starts)
-            results = progress(results, f"checking {self.kind}", total=len(starts))
-            mine = [start for start, intact in zip(starts, results, strict=True) if not intact]
-        return sorted(start for part in distributed.gather_objects(mine) for start in part)
-
-    def fill(self, starts, read, encode):
-        """Write this rank's share of the files that begin at `starts`.
-
-        read: ranges of entry numbers → an iterable of inputs. encode: input → {name: (B, …)}.
-        """
-        parts = [
-            range(first, min(first + BATCH, start + self.length(start)))
-            for start in starts[rank() :: world_size()]
-            for first in range(start, start + self.length(start), BATCH)
-        ]
-        encoded = []
-        inputs = progress(read(parts), f"encoding {self.kind}", total=len(parts))
-        for part, samples in zip(parts, inputs, strict=True):
-            encoded.append(encode(samples))
-            if part.stop % SHARD == 0 or part.stop == self.count:
-                names = encoded[0]
-                tensors = {n: torch.cat([entry[n].cpu() for entry in encoded]) for n in names}
-                self.write(part.start - part.start % SHARD, tensors)
-                encoded = []
-
-    def write(self, start, tensors):
-        file = self.file(start)
-        try:
-            # Another run may be filling the same folder.
-            with files.replacing(file, unique=True, flushed=False) as draft:
-                save_file(tensors, draft, metadata={"sha256": digest(tensors)})
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{file} was not written: {error}. Free some space, or use another --cache_dir. "
-                "What is already encoded is kept.",
-                one_rank=True,
-            ) from None
-
-
 class EncodedRows:
     """All rows' latents by row number, and all their captions' conditions by caption.
 
     It has the methods of the encoders that it takes the place of.
     """
 
-    def __init__(self, folder, rows, encoders):
-        self.side, self.compute_type = encoders.side, encoders.compute_type
-        self.device, self.prompts = encoders.device, encoders.prompts
+    def __init__(self, folder, data, encoders):
+        """data: a dataset.CaptionedImages, all of whose rows will be asked for."""
+        self.compute_type, self.device = encoders.compute_type, encoders.device
+        self.prompts = encoders.prompts
         self.captions, self.rows = {"": 0}, {}
-        for number, text in zip(rows["number"][:], rows["text"][:], strict=True):
-            self.rows[number] = len(self.rows)
+        members = [[] for _ in data.shapes]  # indices of rows by shape
+        numbers, texts = data.every["number"][:], data.every["text"][:]
+        for index, (number, text) in enumerate(zip(numbers, texts, strict=True)):
+            shape = data.shape_of[number]
+            self.rows[number] = shape, len(members[shape])
+            members[shape].append(index)
             for caption in captions_of({"number": number, "text": text}):
                 self.captions.setdefault(caption, len(self.captions))
-        self.latents = ShardedTensors(folder, "latents", len(self.rows))
+        self.members = members
+        several = len(data.shapes) > 1
+        names = [f"latents-{h}x{w}" if several else "latents" for h, w in data.shapes]
+        self.latents = [
+            ShardedTensors(folder, name, len(rows))
+            for name, rows in zip(names, members, strict=True)
+        ]
         self.text = ShardedTensors(folder, "text", len(self.captions))
 
-    def samples(self, rows, seed, caption_dropout=0.0, skipped=()):
-        """The stream of these rows' samples, to read with `batches`."""
-        return EncodedSamples(rows, self.side, seed, caption_dropout, skipped, encoded=self)
+    def samples(self, data, run):
+        """The stream of samples to train on, to read with `batches`."""
+        return EncodedSamples.for_training(data, run, encoded=self)
+
+    def held_out(self, data, run):
+        """The held-out samples."""
+        return EncodedSamples.held_out(data, run, encoded=self)
 
     def encode(self, batch):
         """(latents, condition) of a batch, on the device."""
@@ -186,27 +87,31 @@ class EncodedRows:
 class EncodedSamples(Samples):
     """Samples with latents and a condition in place of pixels and a caption."""
 
-    def __init__(self, rows, side, seed, caption_dropout=0.0, skipped=(), *, encoded):
-        super().__init__(rows, side, seed, caption_dropout, skipped)
+    def __init__(self, rows, *options, encoded, **more):
+        super().__init__(rows, *options, **more)
         self.encoded, self.texts = encoded, rows.select_columns(["text", "number"])
 
     def __getitem__(self, position):
-        row, encoded = self.texts[self.row_index(position)], self.encoded
+        encoded, row = self.encoded, self.texts[self.buckets.at(position)[1]]
+        shape, index = encoded.rows[row["number"]]
+        name = "flipped" if self.is_flipped(position) else "latents"
         return {
-            **encoded.latents[encoded.rows[row["number"]]],                        # (16, h, w)
+            "latents": encoded.latents[shape][index][name],                        # (16, h, w)
             "condition": encoded.text[encoded.captions[self.caption(row, position)]],
             "positions": position,
         }  # fmt: skip
 
 
 class ImagesInOrder(torch.utils.data.Dataset):
-    """The rows' images, one after the other, as the image encoder takes them."""
+    """Some rows' images, one after the other, as the image encoder takes them."""
 
-    def __init__(self, rows, side):
-        self.rows, self.side = rows, side
+    def __init__(self, rows, shape):
+        self.rows, self.shape = rows, shape
 
     def __getitem__(self, number):
-        return {"pixels": preprocess(open_image(self.rows[number]), self.side)}
+        height, width = self.shape
+        image = open_image(self.rows[number])
+        return {"pixels": preprocess(image, height * STRIDE, width * STRIDE)}
 
 
 def open_source(run, data, compute_type):
@@ -216,28 +121,35 @@ def open_source(run, data, compute_type):
     dataset.CaptionedImages. compute_type: of the text encoder.
     """
     settings, side = run.settings, run.settings.resolution
-    encoders = models.make_encoders(run.parts, side, compute_type, run.device)
+    encoders = models.make_encoders(run.parts, compute_type, run.device)
     encoders.add_prompts(settings.validation_prompts or [])
     if not settings.cache_latents:
         return encoders
     facts = {"skipped": sorted(data.skipped)} if data.skipped else {}
+    facts |= {"shapes": data.describe_shapes()} if len(data.shapes) > 1 else {}
+    facts |= {"flipped": True} if settings.random_flip else {}
     folder = folder_for(
         dataset.cache_folder(settings), data=data.fingerprint, encoders=run.identity["encoders"],
         resolution=side, text_type=str(compute_type), **facts,
     )  # fmt: skip
-    entry_bytes = models.encoded_bytes(run.parts, side, compute_type)
-    workers, recheck = settings.dataloader_num_workers, settings.recheck_data
-    return encode_all(folder, data.every, encoders, workers, entry_bytes, recheck)
+    image, caption = models.encoded_bytes(run.parts, side, compute_type)
+    return encode_all(
+        folder, data, encoders, flip=settings.random_flip, workers=settings.dataloader_num_workers,
+        recheck=settings.recheck_data, entry_bytes=(image * (1 + settings.random_flip), caption),
+    )  # fmt: skip
 
 
-def encode_all(folder, rows, encoders, workers=0, entry_bytes=(0, 0), recheck=False):
+def encode_all(
+    folder, data, encoders, *, flip=False, workers=0, recheck=False, entry_bytes=(0, 0)
+):  # fmt: skip
     """The EncodedRows in `folder`. Whatever is missing is encoded, shared by the ranks.
 
-    rows: all rows that will be asked for, checked. encoders: unloaded afterwards; an encoder that
-    is not needed is not even loaded. entry_bytes: of one image's latents and one condition.
+    data: a dataset.CaptionedImages. encoders: unloaded afterwards; an encoder that is not needed is
+    not even loaded. flip: whether mirrored images are encoded too. entry_bytes: of one image's
+    latents and one condition.
     """
-    encoded = EncodedRows(folder, rows, encoders)
-    kinds = encoded.latents, encoded.text
+    encoded = EncodedRows(folder, data, encoders)
+    kinds = *encoded.latents, encoded.text
     missing = [(tensors, tensors.missing(recheck)) for tensors in kinds]
     distributed.on_main(announce, folder, missing, entry_bytes)
     captions = list(encoded.captions)
@@ -245,15 +157,21 @@ def encode_all(folder, rows, encoders, workers=0, entry_bytes=(0, 0), recheck=Fa
     def read_captions(parts):
         return ([captions[number] for number in part] for part in parts)
 
-    def read_images(parts):
-        loaded = batches(ImagesInOrder(rows, encoders.side), parts, workers)
-        return (batch["pixels"] for batch in loaded)
-
     def encode_images(pixels):
-        return {"latents": encoders.latents(pixels)}
+        both = {"latents": encoders.latents(pixels)}
+        if flip:
+            both["flipped"] = encoders.latents(pixels.flip(-1))
+        return both
 
-    encoded.text.fill(missing[1][1], read_captions, encoders.condition)
-    encoded.latents.fill(missing[0][1], read_images, encode_images)
+    encoded.text.fill(missing[-1][1], read_captions, encoders.condition)
+    for (tensors, starts), shape, rows in zip(missing, data.shapes, encoded.members, strict=False):
+        images = ImagesInOrder(data.every.select(rows), shape)
+
+        def read_images(parts, images=images):
+            loaded = batches(images, parts, workers)
+            return (batch["pixels"] for batch in loaded)
+
+        tensors.fill(starts, read_images, encode_images)
     encoders.unload()
     distributed.gather_objects(None)  # wait for the other ranks' files
     if not all(tensors.file(start).is_file() for tensors, starts in missing for start in starts):
@@ -266,11 +184,14 @@ def encode_all(folder, rows, encoders, workers=0, entry_bytes=(0, 0), recheck=Fa
 def announce(folder, missing, entry_bytes):
     """Report what will be encoded and its size; UserError if the disk can't hold it.
 
-    missing: [(ShardedTensors, the starts of its missing files), …], for latents and text.
+    missing: [(ShardedTensors, the starts of its missing files), …], the last of them of the text.
     """
-    counts = [sum(tensors.length(start) for start in starts) for tensors, starts in missing]
-    size = sum(tensors.count * one for (tensors, _), one in zip(missing, entry_bytes, strict=True))
-    needed = sum(count * one for count, one in zip(counts, entry_bytes, strict=True))
+    size, needed, counts = 0, 0, [0, 0]  # of images, of captions
+    for tensors, starts in missing:
+        kind = int(tensors.kind == "text")
+        count = sum(tensors.length(start) for start in starts)
+        counts[kind] += count
+        size, needed = size + tensors.count * entry_bytes[kind], needed + count * entry_bytes[kind]
     say(f"cache: {gib(size)} in {folder}, {counts[0]} images and {counts[1]} captions to encode")
     files.make_folder(folder, flag="cache_dir")
     for draft in folder.glob(".*.part"):  # from killed runs; recent ones may be in use

@@ -1,14 +1,16 @@
 """The data set: where captioned images come from, and how every row is checked beforehand.
 
     table = find(settings)                        # quick; every row is read in the second call
-    data = check_and_split(table, settings, seed)
+    data = check_and_split(table, run)
     data.rows, data.held_out, data.fingerprint
 
 `datasets` reads the tables; images stay encoded until they are needed (step/images.py).
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,9 @@ from minwurst.base.errors import UserError, command_with
 from minwurst.base.ranks import is_main, local_world_size, rank, world_size
 from minwurst.edge import files
 from minwurst.edge.good_rows import GoodRows
+from minwurst.edge.shapes import shapes_for
 from minwurst.step import distributed, randomness
+from minwurst.step.buckets import STRIDE, nearest_shapes
 from minwurst.step.images import open_image
 from minwurst.step.samples import captions_of
 
@@ -35,7 +39,8 @@ class CaptionedImages:
 
     rows: to train on; those of --skip_rows keep their places, but are never read. held_out: to
     validate on. every: both, in their original order. skipped: numbers of the rows of --skip_rows.
-    fingerprint: 16 hex digits that change with the content of any row.
+    fingerprint: 16 hex digits that change with the content of any row. shapes: (h, w) of the
+    latents, several with --aspect_buckets. shape_of: {number of a row: number of its shape}.
     """
 
     rows: datasets.Dataset
@@ -43,23 +48,44 @@ class CaptionedImages:
     every: datasets.Dataset
     skipped: frozenset
     fingerprint: str
+    shapes: list
+    shape_of: dict
+
+    def describe_shapes(self):
+        """The shapes, and a fingerprint of which row has which."""
+        listed = ", ".join(f"{height}×{width}" for height, width in self.shapes)
+        rows = json.dumps(sorted(self.shape_of.items())).encode()
+        return f"{listed} ({hashlib.sha256(rows).hexdigest()[:16]})"
 
 
-def check_and_split(table, settings, seed):
-    """Check every row, and hold some out. All ranks must call it, and get the same."""
+def check_and_split(table, run):
+    """Check every row, hold some out, and give each its shape. All ranks must call it.
+
+    run: a Run, for its settings, seed and layout.
+    """
+    settings, seed = run.settings, run.seed
     file = cache_folder(settings) / "good_rows.json"
     good = GoodRows(file, table, settings.image_column)
     every = sample_rows(table, settings.max_train_samples, seed)
     skipped = frozenset(settings.skip_rows or ())
-    every, fingerprint = check_rows(
+    every, fingerprint, sizes = check_rows(
         every, good, skip_bad=settings.skip_bad_samples, recheck=settings.recheck_data,
         skipped=skipped,
     )  # fmt: skip
     rows, held_out = hold_out(every, settings.validation_split, seed)
-    if not len(without(rows, skipped)):
-        raise UserError(f"--skip_rows leaves none of the {len(rows)} rows to train on.")
     every, held_out = without(every, skipped), without(held_out, skipped)
-    return CaptionedImages(rows, held_out, every, skipped, fingerprint)
+    trained = [sizes[number] for number in rows["number"][:]]
+    shapes = shapes_for(trained, settings, run.layout.global_batch)
+    shape_of = nearest_shapes(list(sizes.values()), shapes).tolist()
+    shape_of = dict(zip(sizes, shape_of, strict=True))
+    for number, (height, width) in enumerate(shapes):
+        those = {n for n in rows["number"][:] if shape_of[n] == number}
+        if those and those <= skipped:
+            what = "to train on"
+            if len(shapes) > 1:
+                what = f"of {width * STRIDE}×{height * STRIDE} pixels; lower --aspect_buckets"
+            raise UserError(f"--skip_rows leaves none of the {len(those)} rows {what}.")
+    return CaptionedImages(rows, held_out, every, skipped, fingerprint, shapes, shape_of)
 
 
 def without(rows, skipped):
@@ -192,31 +218,33 @@ def threads():
 
 
 def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()):
-    """Read every caption and decode every image once. Returns (good rows, their fingerprint).
+    """Read every caption and decode every image once.
+
+    Returns (good rows, their fingerprint, {number: (width, height)} of all rows).
 
     Ranks share the work, and so do the threads of a rank. A bad row is a UserError on all ranks;
     with skip_bad it is reported and skipped. good: a GoodRows, whose rows are not read again unless
-    `recheck`. skipped: numbers of rows that may be bad or gone; they count with the digest that
-    they had before.
+    `recheck`. skipped: numbers of rows that may be bad or gone; they count with the digest and the
+    size that they had before.
     """
 
     def known(number):
-        """(None, digest) of a row that need not be read, else None."""
-        digest = good.last_digest(number) if number in skipped else None
-        digest = digest or (None if recheck else good.digest(number))
-        return digest and (None, digest)
+        """(None, digest, size) of a row that need not be read, else None."""
+        facts = good.last_facts(number) if number in skipped else None
+        facts = facts or (None if recheck else good.facts(number))
+        return facts and (None, *facts)
 
     def check_row(index):
-        """(error or None, digest of the row or "") of one row."""
-        row = rows[index]
+        """(error or None, digest of the row or "", its image's size) of one row."""
+        row, size = rows[index], (1, 1)
         try:
             captions = captions_of(row)
-            if row["number"] not in skipped:
-                open_image(row)
-            return None, digest_of(row, captions)
+            with contextlib.suppress(*[UserError] * (row["number"] in skipped)):
+                size = open_image(row).size
+            return None, digest_of(row, captions), size
         except (UserError, OSError) as error:
             line = str(error) if isinstance(error, UserError) else f"Row {row['number']}: {error}"
-            return (None, "") if row["number"] in skipped else (line, "")
+            return (None if row["number"] in skipped else line), "", size
 
     numbers = rows["number"][:]
     for number in sorted(skipped.difference(numbers)):
@@ -234,21 +262,22 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
         more = f" ({len(errors) - 1} more rows are bad)" if len(errors) > 1 else ""
         bad = [numbers[index] for index in range(len(rows)) if everyone[index][0]]
         advice = "" if skip_bad else " Skip bad rows with --skip_bad_samples."
-        if all(good.last_digest(number) for number in bad):
+        if all(good.last_facts(number) for number in bad):
             words = "--resume_from_checkpoint=latest", *(f"--skip_rows={number}" for number in bad)
             advice = " It was good before. To put other rows in its places: "
             advice += command_with(*words)
         raise UserError(errors[0] + more + advice)
     if is_main():
-        found = {numbers[index]: digest for index, (_, digest) in everyone.items() if digest}
-        good.add({n: digest for n, digest in found.items() if n not in skipped})
+        found = {numbers[index]: facts for index, (_, *facts) in everyone.items() if facts[0]}
+        good.add({n: facts for n, facts in found.items() if n not in skipped})
     if errors:
         for line in errors[:10]:
             say(f"skipped: {line}")
         say(f"skipped in total: {len(errors)} of {len(rows)} rows")
         rows = rows.select([index for index in range(len(rows)) if not everyone[index][0]])
     digests = [everyone[index][1] for index in sorted(everyone) if everyone[index][1]]
-    return rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    sizes = {numbers[index]: everyone[index][2] for index in sorted(everyone)}
+    return rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16], sizes
 
 
 def digest_of(row, captions):

@@ -134,17 +134,17 @@ class PreviewDecoder:
     def __init__(self, samples, encode):
         """samples: to fit to. encode: of their source, batch → (latents, condition)."""
         count = min(len(samples.rows), self.IMAGES)
-        parts = [range(start, min(start + 8, count)) for start in range(0, count, 8)]
+        parts = [range(position, position + 1) for position in range(count)]  # of several shapes
         squares, products = 0.0, 0.0
         for batch in progress(batches(samples, parts), "preview", total=len(parts)):
             latents = encode(batch)[0].cpu()
             inputs = self.neighborhoods(latents)                                 # (B·h·w, 145)
             pixels = batch.get("pixels")
             if pixels is None:  # the samples come from a cache
-                rows = [samples.row(position) for position in batch["positions"]]
-                pixels = torch.stack([samples.pixels(row) for row in rows])
-            side = self.SIDE * latents.shape[-1]
-            small = F.interpolate(unnormalise(pixels), (side, side), mode="area")
+                position = batch["positions"][0]
+                pixels = samples.pixels(samples.row(position), position)[None]
+            size = [self.SIDE * side for side in latents.shape[-2:]]
+            small = F.interpolate(unnormalise(pixels), size, mode="area")
             patches = F.pixel_unshuffle(small, self.SIDE)                         # (B, 192, h, w)
             patches = patches.permute(0, 2, 3, 1).flatten(0, 2).double()         # (B·h·w, 192)
             squares, products = squares + inputs.T @ inputs, products + inputs.T @ patches

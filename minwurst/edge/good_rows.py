@@ -1,7 +1,7 @@
 """What earlier starts found out about the rows of a data set, so that it is not read again.
 
     good = GoodRows(cache_folder / "good_rows.json", rows)
-    digest = good.digest(number)         # of a row that was good and has not changed, or None
+    facts = good.facts(number)           # of a row that was good and has not changed, or None
 
 A row is recognised by the path, size and modification time of its image's file, or of the file of
 the table that contains it. A file whose content changes while these stay the same goes unnoticed;
@@ -20,7 +20,7 @@ from minwurst.edge.files import replacing
 
 
 class GoodRows:
-    """known: {name of a row: [stamp, digest]}."""
+    """known: {name of a row: [stamp, digest of image and captions, [width, height]]}."""
 
     def __init__(self, file, rows, image_column="image"):
         """rows: {"image": {"bytes", "path"}, "text", "number"}, with nothing decoded.
@@ -30,7 +30,7 @@ class GoodRows:
         self.file, self.known = file, {}
         with contextlib.suppress(OSError, ValueError, AttributeError):  # it only saves time
             entries = json.loads(file.read_text(encoding="utf-8")).items()
-            self.known = {n: e for n, e in entries if isinstance(e, list) and len(e) == 2}
+            self.known = {n: e for n, e in entries if isinstance(e, list) and len(e) == 3}
         images, columns = rows.data.column("image"), ("number", "text")
         paths = pc.struct_field(images, "path").to_pylist()
         stored = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0).to_pylist()
@@ -53,23 +53,23 @@ class GoodRows:
             return None, None
         return hashlib.sha256(f"{self.tables} {number}".encode()).hexdigest()[:16], text
 
-    def digest(self, number):
-        """The digest of a row that was good before and has not changed, else None."""
+    def facts(self, number):
+        """(digest, size) of a row that was good before and has not changed, else None."""
         name, stamp = self.name_and_stamp(number)
-        before, digest = self.known.get(name, (None, None))
-        return digest if name and before == stamp else None
+        before, *facts = self.known.get(name, (None,))
+        return facts if name and before == stamp else None
 
-    def last_digest(self, number):
-        """The digest that a row had when it was last good, whatever became of it, or None."""
-        return self.known.get(self.name_and_stamp(number)[0], (None, None))[1]
+    def last_facts(self, number):
+        """(digest, size) of a row when it was last good, whatever became of it, or None."""
+        return self.known.get(self.name_and_stamp(number)[0], (None,))[1:] or None
 
-    def add(self, digests):
-        """Record the digests of good rows, {number: digest}."""
+    def add(self, facts):
+        """Record good rows, {number: (digest, size)}."""
         found = {}
-        for number, digest in digests.items():
+        for number, (digest, size) in facts.items():
             name, stamp = self.name_and_stamp(number)
-            if name and digest:
-                found[name] = [stamp, digest]
+            if name:
+                found[name] = [stamp, digest, list(size)]
         if any(self.known.get(name) != entry for name, entry in found.items()):
             self.known |= found
             try:

@@ -2,7 +2,7 @@
 
     parts = find(settings)                     # folders, checked; nothing large is loaded
     prior = load_prior(parts.prior)
-    encoders = make_encoders(parts, 768, torch.bfloat16, device)
+    encoders = make_encoders(parts, torch.bfloat16, device)
 
 Only safetensors and JSON files are read: no pickle, no remote code.
 """
@@ -288,10 +288,10 @@ def load_image_encoder(folder):
     return encoder.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def make_encoders(parts, side, compute_type, device):
-    """The frozen encoders, not loaded yet. side: of the images. compute_type: of the text's."""
+def make_encoders(parts, compute_type, device):
+    """The frozen encoders, not loaded yet. compute_type: of the text's."""
     return Encoders(
         lambda: load_text(parts.text, compute_type),
         lambda: load_image_encoder(parts.image_encoder),
-        side, compute_type, device,
+        compute_type, device,
     )  # fmt: skip

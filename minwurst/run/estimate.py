@@ -7,6 +7,7 @@ CUDA context, fragmentation, and what the encoders need while they run.
 
 import contextlib
 import functools
+import math
 import shutil
 
 import torch
@@ -19,17 +20,18 @@ from minwurst.base.settings import LoRASettings
 from minwurst.edge.decoders import size_of
 from minwurst.step import metrics
 from minwurst.step.adapter import add_adapters
+from minwurst.step.buckets import STRIDE
 from minwurst.step.distributed import on_main
 from minwurst.step.prior import WuerstchenPrior
 
 
 def activations(
-    config, *, batch, latent_size, compute_type, gradient_checkpointing, tokens=77, adapt=None,
+    config, *, batch, shape, compute_type, gradient_checkpointing, tokens=77, adapt=None,
     kind=WuerstchenPrior,
 ):  # fmt: skip
     """Bytes that one forward pass of the prior keeps for the backward pass.
 
-    config: the prior's. latent_size: side of the latents. adapt: a function that adds adapters to a
+    config: the prior's. shape: (h, w) of the latents. adapt: a function that adds adapters to a
     prior, whose other weights are then frozen in the compute type. kind: the prior's class. Under
     autocast, this includes the weights' copies in the compute type; with gradient checkpointing,
     the three blocks that the backward pass recomputes at a time.
@@ -48,7 +50,7 @@ def activations(
             if adapt:
                 adapt(prior)
             prior.gradient_checkpointing = recompute
-            x, t, condition = WuerstchenPrior.example_inputs(prior, batch, latent_size, tokens)
+            x, t, condition = WuerstchenPrior.example_inputs(prior, batch, shape, tokens)
             inputs = x.float(), t.float(), *(c.to(compute_type) for c in condition.values())
             autocast = torch.autocast("cpu", compute_type, enabled=compute_type != torch.float32)
             with autocast, saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -111,13 +113,12 @@ def announce(run, prior, source):
         "compute_type": source.compute_type,
         "gradient_checkpointing": settings.gradient_checkpointing,
     }
-    adapt = None
+    largest, adapt = max(run.shapes, key=math.prod), None
     if isinstance(settings, LoRASettings):
         adapt = functools.partial(add_adapters, **settings.adapter_options())
     kept = activations(
-        dict(prior.config), batch=layout.batch, latent_size=settings.resolution // 32, adapt=adapt,
-        **common,
-    )  # fmt: skip
+        dict(prior.config), batch=layout.batch, shape=largest, adapt=adapt, **common
+    )
     needs = memory(
         total, trained, **common, use_8bit_adam=settings.use_8bit_adam, use_ema=settings.use_ema,
         encoders=sum(map(size_of, source.frozen())), activations=kept,
@@ -126,6 +127,26 @@ def announce(run, prior, source):
     say(f"trains {trained:,} of {total:,} parameters")
     say(f"memory per device, about {gib(sum(needs.values()))}: {listed}")
     on_main(check_disk, settings, trained, len(steps))
+    if len(run.shapes) > 1:
+        try_shape(prior, layout.batch, largest, source.compute_type)
+
+
+def try_shape(prior, batch, shape, compute_type):
+    """One forward and backward pass of the largest shape, so that memory runs out now or never."""
+    x, t, condition = prior.example_inputs(batch, shape, tokens=77)
+    kind, half = prior.device.type, compute_type != torch.float32
+    trained = [weight for weight in prior.parameters() if weight.requires_grad]
+    try:
+        with metrics.ignored(), torch.autocast(kind, compute_type, enabled=half):
+            output = prior(x, t, **condition)
+        torch.autograd.grad(output.float().sum(), trained)  # leaves DDP's gradients alone
+    except torch.OutOfMemoryError:
+        height, width = (side * STRIDE for side in shape)
+        raise UserError(
+            f"--aspect_buckets: {batch} images of {width}×{height} pixels need more memory than "
+            "there is. Lower --train_batch_size, or add --gradient_checkpointing.",
+            one_rank=True,
+        ) from None
 
 
 def check_disk(settings, trained, steps):

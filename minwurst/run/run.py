@@ -37,6 +37,7 @@ MEANING = {
     "--gradient_accumulation_steps × processes)",
     "data": "the content of the data set (a fingerprint)",
     "encoders": "the encoders' files (a fingerprint)",
+    "shapes": "the shapes of --aspect_buckets and their rows (a fingerprint)",
     "prediction": "what the prior predicts",
     "prior": "the prior (its sizes; for a LoRA, the fingerprint of its files)",
 }
@@ -45,7 +46,8 @@ MEANING = {
 class Run:
     """Attributes: settings, rank, device, folder, seed, checkpoint (the folder to resume from, or
     None), step (its step, or 0), layout (how a step's batch is divided), and after `identify` also
-    parts, identity, rows (how many are trained on), last_step, steps (those still to run) and id.
+    parts, shapes (of the latents), identity, rows (how many are trained on), last_step, steps
+    (those still to run) and id.
     """
 
     def __init__(self, settings, device, folder, resumed, progress):
@@ -95,7 +97,7 @@ class Run:
         parts: models.Parts. data: dataset.CaptionedImages.
         """
         text = parts.text
-        self.parts = parts
+        self.parts, self.shapes = parts, data.shapes
         self.identity = {
             "global_batch": self.layout.global_batch,
             "data": data.fingerprint,
@@ -109,6 +111,8 @@ class Run:
             "prediction": models.prediction_of(parts.prior),
             "world": world_size(),
         }
+        if self.settings.aspect_buckets:
+            self.identity["shapes"] = data.describe_shapes()
         for change in self.changes + check_same_run(self.progress["identity"], self.identity):
             say(f"changed since the checkpoint: {change}")
         on_main(checkpoint.set_aside_later, self.folder, self.step)

@@ -63,10 +63,10 @@ class Validation:
         self.run, self.model, self.log, self.validators = run, model, log, []
         self.record = run.folder / "validation" / "last_step"
         if source.prompts:
-            training = source.samples(data.rows, run.seed, skipped=data.skipped)
+            training = source.samples(data, run)
             self.validators.append(GenerateImages(run, source, training, log))
         if len(data.held_out):
-            self.validators.append(HeldOutLoss(run, source, data.held_out, log))
+            self.validators.append(HeldOutLoss(run, source, source.held_out(data, run), log))
 
     def __call__(self, step):
         if not self.validators or not self.run.is_validation_due(step):
@@ -206,15 +206,13 @@ class HeldOutLoss:
     compared; when it rises while the training loss falls, the prior overfits.
     """
 
-    def __init__(self, run, source, rows, log):
-        self.source, self.log, self.count, self.device = source, log, len(rows), run.device
+    def __init__(self, run, source, samples, log):
+        self.source, self.samples, self.log, self.device = source, samples, log, run.device
         self.batch, self.workers = run.layout.batch, run.settings.dataloader_num_workers
-        self.samples = source.samples(rows, randomness.held_out_seed(run.seed))
 
     def measure(self, model):
         """The sums of the error in each quarter, over every world_size-th batch."""
-        starts = range(0, self.count, self.batch)[rank() :: world_size()]
-        parts = [range(start, min(start + self.batch, self.count)) for start in starts]
+        parts = self.samples.buckets.batches(self.batch)[rank() :: world_size()]
         sums = torch.zeros(4, device=self.device)
         seed, objective = self.samples.seed, diffusion.objective_of(model.prior.config)
         for batch in batches(self.samples, parts, self.workers):
@@ -230,7 +228,7 @@ class HeldOutLoss:
         return sums.tolist()
 
     def show(self, step, parts):
-        quarters = [sum(of_ranks) / self.count for of_ranks in zip(*parts, strict=True)]
+        quarters = [sum(of_ranks) / len(self.samples.rows) for of_ranks in zip(*parts, strict=True)]
         values = {"validation_loss": sum(quarters) / 4}
         for quarter, value in zip(metrics.QUARTERS, quarters, strict=True):
             values[f"validation_loss/{quarter}"] = value

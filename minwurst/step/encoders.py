@@ -1,6 +1,6 @@
 """The two frozen encoders: what turns images and captions into what the prior works on.
 
-    samples = encoders.samples(rows, seed)
+    samples = encoders.samples(data, run)
     latents, condition = encoders.encode(batch)      # (B, 16, h, w), {"text": (B, 77, D)}
 
 The condition is a dict that is passed on unread, to the cache, the loop, the sampler and finally
@@ -25,12 +25,12 @@ class Encoders:
     validation.
     """
 
-    def __init__(self, load_text, load_image, side, compute_type, device):
-        """load_text: () → (tokenizer, text encoder). load_image: () → image encoder. side: of the
-        images in pixels. compute_type: of the text encoder.
+    def __init__(self, load_text, load_image, compute_type, device):
+        """load_text: () → (tokenizer, text encoder). load_image: () → image encoder. compute_type:
+        of the text encoder.
         """
         self.load_text, self.load_image = load_text, load_image
-        self.side, self.compute_type, self.device, self.prompts = side, compute_type, device, {}
+        self.compute_type, self.device, self.prompts = compute_type, device, {}
 
     @functools.cached_property
     def text(self):
@@ -43,9 +43,13 @@ class Encoders:
         """The image encoder on the device, fp32 as its authors used it."""
         return self.load_image().to(self.device)
 
-    def samples(self, rows, seed, caption_dropout=0.0, skipped=()):
-        """The stream of these rows' samples, to read with `batches`."""
-        return Samples(rows, self.side, seed, caption_dropout, skipped)
+    def samples(self, data, run):
+        """The stream of samples to train on, to read with `batches`."""
+        return Samples.for_training(data, run)
+
+    def held_out(self, data, run):
+        """The held-out samples."""
+        return Samples.held_out(data, run)
 
     def encode(self, batch):
         """(latents, condition) of a batch, on the device, without gradients."""
@@ -53,7 +57,7 @@ class Encoders:
 
     @torch.no_grad()
     def latents(self, pixels):
-        """Images (B, 3, R, R) → (B, 16, R/32, R/32) fp32, scaled as the prior's."""
+        """Images (B, 3, 32·h, 32·w) → (B, 16, h, w) fp32, scaled as the prior's."""
         pixels = to_device(pixels, self.device)
         # A CPU is twice as fast one by one, while a layer's output is still in its caches.
         parts = pixels.split(1 if self.device.type == "cpu" else len(pixels))

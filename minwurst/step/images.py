@@ -49,24 +49,35 @@ def open_image(row):
     return image.convert("RGB")
 
 
-def preprocess(image, side):
-    """Resize the shorter side to `side` (bilinear, antialiased), crop the center, normalise.
+def preprocess(image, height, width=None, where=(0.5, 0.5)):
+    """Resize to cover height × width (bilinear, antialiased), crop, normalise.
 
-    image: RGB. Returns (3, side, side) fp32 with ImageNet's mean and standard deviation. A single
-    call to Pillow resizes and crops: it computes only the pixels inside the crop, which are those
-    of the whole image resized, up to rounding to 8 bits.
+    image: RGB. width: the height if not given. where: of the crop in what is left over, from 0
+    (left, top) to 1; the default is the center. Returns (3, height, width) fp32 with ImageNet's
+    mean and standard deviation. A single call to Pillow resizes and crops: it computes only the
+    pixels inside the crop, which are those of the whole image resized, up to rounding to 8 bits.
     """
-    width, height = image.size
-    short = min(width, height)
-    new_width, new_height = int(side * width / short), int(side * height / short)
-    left, top = round((new_width - side) / 2), round((new_height - side) / 2)
-    x, y = width / new_width, height / new_height  # original pixels per resized pixel
-    box = (left * x, top * y, (left + side) * x, (top + side) * y)
-    square = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+    width = width or height
+    box = crop_box(*image.size, height, width, where)
+    inside = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     # Channels first, then arithmetic: along a last axis of three NumPy takes eight times as long.
-    values = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")   # (3, side, side)
+    values = np.asarray(inside).transpose(2, 0, 1).astype(np.float32, order="C")       # (3, H, W)
     values = (values / 255 - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
     return torch.from_numpy(values)
+
+
+def crop_box(old_width, old_height, height, width, where=(0.5, 0.5)):
+    """What `preprocess` keeps of an image: left, top, right, bottom in its own pixels."""
+    if width * old_height >= height * old_width:  # the image is at least as tall as the crop
+        new_width, new_height = width, max(height, int(width * old_height / old_width))
+    else:
+        new_width, new_height = max(width, int(height * old_width / old_height)), height
+    left, top = (
+        round((new - kept) * fraction)
+        for new, kept, fraction in zip((new_width, new_height), (width, height), where, strict=True)
+    )
+    x, y = old_width / new_width, old_height / new_height  # original pixels per resized pixel
+    return left * x, top * y, (left + width) * x, (top + height) * y
 
 
 def unnormalise(pixels):

@@ -155,9 +155,9 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
         """Keep all that the backward pass needs: a third faster, ten times the memory."""
         self.gradient_checkpointing = False
 
-    def example_inputs(self, batch=1, size=1, tokens=1):
-        """(x, t, condition) of zeros, as forward takes them. size: of the latents."""
-        x = torch.zeros(batch, self.config.c_in, size, size, device=self.device)
+    def example_inputs(self, batch=1, shape=(1, 1), tokens=1):
+        """(x, t, condition) of zeros, as forward takes them. shape: (h, w) of the latents."""
+        x = torch.zeros(batch, self.config.c_in, *shape, device=self.device)
         text = torch.zeros(batch, tokens, self.config.c_cond, device=self.device)
         return x, torch.zeros(batch, device=self.device), {"text": text}
 

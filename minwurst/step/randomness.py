@@ -17,7 +17,10 @@ import torch
 from minwurst.step.distributed import to_device
 
 # Each purpose has its own independent family of streams.
-ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT, HELD_OUT, SAMPLING, DECODING, REPLACEMENT = range(9)
+(
+    ORDER, CAPTION, TIMESTEP, NOISE, DROPOUT, HELD_OUT, SAMPLING, DECODING, REPLACEMENT, BUCKETS,
+    FLIP, CROP,
+) = range(12)  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -32,23 +35,35 @@ def generator(seed, purpose, *key):
     return np.random.default_rng((seed, purpose, *key))
 
 
-@functools.lru_cache(maxsize=4)  # a batch lies in one or two epochs; validation has its own
-def epoch_order(seed, epoch, rows):
+@functools.lru_cache(maxsize=32)  # a bucket's batch lies in few epochs; validation has its own
+def epoch_order(seed, epoch, rows, bucket=0):
     """The permutation of `rows` row numbers in which an epoch visits them."""
-    return generator(seed, ORDER, epoch).permutation(rows)
+    return generator(seed, ORDER, epoch, *[bucket] * (bucket > 0)).permutation(rows)
 
 
-def row_at(seed, position, rows, skipped=()):
-    """The row at a position of the stream. Each row occurs once in every `rows` positions.
+def row_at(seed, place, rows, skipped=(), bucket=0, position=None):
+    """The row at a place of a bucket's stream. Each row occurs once in every `rows` places.
 
-    skipped: rows whose positions each take another row, drawn at random.
+    skipped: rows each of whose places takes another row, drawn at random by the position in the
+    stream of samples, which differs from the place if there are several buckets.
     """
-    epoch, index = divmod(position, rows)
-    row = int(epoch_order(seed, epoch, rows)[index])
+    epoch, index = divmod(place, rows)
+    row = int(epoch_order(seed, epoch, rows, bucket)[index])
     if row in skipped:
         others = [other for other in range(rows) if other not in skipped]
-        row = others[generator(seed, REPLACEMENT, position).integers(len(others))]
+        key = place if position is None else position
+        row = others[generator(seed, REPLACEMENT, key).integers(len(others))]
     return row
+
+
+def flip(seed, position):
+    """Whether the image at a position is mirrored."""
+    return generator(seed, FLIP, position).random() < 0.5
+
+
+def crop(seed, position):
+    """Where the image at a position is cropped: two numbers from 0 (left, top) to 1."""
+    return generator(seed, CROP, position).random(2)
 
 
 def caption(seed, position, captions, dropout=0.0):

@@ -1,11 +1,11 @@
 """The stream of samples: which one a rank reads when, and how it is loaded.
 
     layout = BatchLayout(batch=4, accumulation=4, world=2)
-    samples = Samples(rows, 768, seed)                        # item p: the sample at position p
+    samples = Samples(rows, buckets, seed)                    # item p: the sample at position p
     stream = batches(samples, layout.positions(step=1, rank=0))
 
-A batch is a dict: {"pixels": (B, 3, R, R), "captions": B strings, "positions": B integers}. Rows
-are {"image": {"bytes", "path"}, "text", "number"}, as edge/dataset.py reads them.
+A batch is a dict: {"pixels": (B, 3, 32·h, 32·w), "captions": B strings, "positions": B integers}.
+Rows are {"image": {"bytes", "path"}, "text", "number"}, as edge/dataset.py reads them.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 
 from minwurst.base.errors import UserError, command_with
 from minwurst.step import randomness, signals
+from minwurst.step.buckets import STRIDE, Buckets, EachOnce
 from minwurst.step.images import open_image, preprocess
 
 
@@ -60,30 +61,50 @@ def captions_of(row):
 class Samples(torch.utils.data.Dataset):
     """The stream as a map: item p is the sample at position p, in whatever order it is read."""
 
-    def __init__(self, rows, side, seed, caption_dropout=0.0, skipped=()):
-        """side: of the images in pixels. skipped: numbers of rows that others replace."""
-        self.rows, self.side, self.seed, self.caption_dropout = rows, side, seed, caption_dropout
-        self.skipped = set()
-        if skipped:
-            self.skipped = {i for i, n in enumerate(rows["number"][:]) if n in skipped}
+    def __init__(self, rows, buckets, seed, caption_dropout=0.0, flip=False, crop=False):
+        """buckets: Buckets of these rows. flip, crop: whether images are mirrored and cropped at
+        random, instead of never and in the center.
+        """
+        self.rows, self.buckets, self.seed = rows, buckets, seed
+        self.caption_dropout, self.flip, self.crop = caption_dropout, flip, crop
+
+    @classmethod
+    def for_training(cls, data, run, **more):
+        """The endless shuffled stream. data: a dataset.CaptionedImages. run: a Run."""
+        settings, numbers = run.settings, data.rows["number"][:]
+        skipped = [index for index, number in enumerate(numbers) if number in data.skipped]
+        shape_of = [data.shape_of[number] for number in numbers]
+        buckets = Buckets(data.shapes, shape_of, run.layout.global_batch, run.seed, skipped)
+        augment = {"flip": settings.random_flip, "crop": settings.random_crop}
+        return cls(data.rows, buckets, run.seed, settings.caption_dropout, **augment, **more)
+
+    @classmethod
+    def held_out(cls, data, run, **more):
+        """The held-out rows, each once."""
+        seed = randomness.held_out_seed(run.seed)
+        shape_of = [data.shape_of[number] for number in data.held_out["number"][:]]
+        return cls(data.held_out, EachOnce(data.shapes, shape_of, 1, seed), seed, **more)
 
     def __getitem__(self, position):
         row = self.row(position)
         return {
-            "pixels": self.pixels(row),
+            "pixels": self.pixels(row, position),
             "captions": self.caption(row, position),
             "positions": position,
         }
 
-    def row_index(self, position):
-        return randomness.row_at(self.seed, position, len(self.rows), self.skipped)
-
     def row(self, position):
-        return self.rows[self.row_index(position)]
+        return self.rows[self.buckets.at(position)[1]]
 
-    def pixels(self, row):
-        """A row's image as the image encoder takes it, (3, R, R)."""
-        return preprocess(open_image(row), self.side)
+    def pixels(self, row, position):
+        """The image at a position as the image encoder takes it, (3, 32·h, 32·w)."""
+        (height, width), _ = self.buckets.at(position)
+        where = randomness.crop(self.seed, position) if self.crop else (0.5, 0.5)
+        pixels = preprocess(open_image(row), height * STRIDE, width * STRIDE, where)
+        return pixels.flip(-1) if self.is_flipped(position) else pixels
+
+    def is_flipped(self, position):
+        return self.flip and randomness.flip(self.seed, position)
 
     def caption(self, row, position):
         return randomness.caption(self.seed, position, captions_of(row), self.caption_dropout)

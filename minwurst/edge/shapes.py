@@ -1,0 +1,34 @@
+"""The shapes that images are cropped to, and what that costs them.
+
+    shapes = shapes_for(sizes, settings, least=64)                     # [(24, 24), (20, 28), …]
+"""
+
+from minwurst.base.console import say
+from minwurst.step.buckets import STRIDE, choose_shapes, cropped, nearest_shapes
+
+
+def shapes_for(sizes, settings, least):
+    """The shapes of --aspect_buckets, which are reported, or the square alone.
+
+    sizes: (width, height) of the images to train on. least: images that a shape needs.
+    """
+    side, most = settings.resolution // STRIDE, settings.aspect_buckets
+    if most is None:
+        return [(side, side)]
+    shapes = choose_shapes(sizes, side, most, least)
+    if len(shapes) < most:
+        say(
+            f"--aspect_buckets: {len(shapes)} of {most} shapes; more would crop no less, or would "
+            f"have fewer images than a step, {least}"
+        )
+    lost, nearest = cropped(sizes, shapes), nearest_shapes(sizes, shapes)
+    for number, (height, width) in enumerate(shapes):
+        of_shape = lost[nearest == number, number]
+        if len(of_shape):
+            say(
+                f"  {width * STRIDE}×{height * STRIDE} pixels: {len(of_shape)} images, "
+                f"{of_shape.mean():.1%} cropped on average, {of_shape.max():.1%} at most"
+            )
+    square, mean = cropped(sizes, [(side, side)]).mean(), lost.min(axis=1).mean()
+    say(f"  all: {mean:.1%} cropped on average; without buckets {square:.1%}")
+    return shapes
