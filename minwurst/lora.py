@@ -20,11 +20,14 @@ def show(file):
     """Print a file's layers by kind, with rank, parameters and the mean norm of the update."""
     layers = lora_file.read(file)
     kinds = {}
-    for name, (a, b) in layers.items():
+    for name, factors in layers.items():
+        a, b, *_ = factors
         kind = ".".join(name.split(".")[2:]) if name.startswith("blocks.") else name
-        kinds.setdefault(kind, []).append((len(a), a.numel() + b.numel(), (b @ a).norm().item()))
+        count = sum(factor.numel() for factor in factors)
+        kinds.setdefault(kind, []).append((len(a), count, (b @ a).norm().item()))
     total = sum(count for rows in kinds.values() for _, count, _ in rows)
-    print(f"{file}: {len(layers)} layers, {total:,} parameters")
+    what = "DoRA" if lora_file.is_dora(layers) else "LoRA"
+    print(f"{file}: {what}, {len(layers)} layers, {total:,} parameters")
     for kind, rows in kinds.items():
         ranks = ", ".join(str(rank) for rank in sorted({rank for rank, _, _ in rows}))
         mean = sum(norm for *_, norm in rows) / len(rows)

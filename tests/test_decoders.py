@@ -61,9 +61,10 @@ def test_it_decodes_what_the_pipeline_does(wuerstchen, decoder, size):
     assert levels_apart(other, found) > 1
 
 
-def test_ready_pipelines_draw_what_we_draw(wuerstchen, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_ready_pipelines_draw_what_we_draw(wuerstchen, tmp_path, dora):
     """pipelines.load with a LoRA at scale 0.5 equals our prior with the adapters added."""
-    train_here(wuerstchen, tmp_path, "lora.py", learning_rate=0.1)
+    train_here(wuerstchen, tmp_path, "lora.py", learning_rate=0.1, use_dora=dora)
     generate = pipelines.load(
         str(wuerstchen), str(wuerstchen / "decoder"), lora=tmp_path, lora_scale=0.5
     )

@@ -43,11 +43,12 @@ def test_activations_are_those_of_a_real_pass(compute_type):
     assert counted == pytest.approx(kept_for_real(False, compute_type), rel=0.02)
 
 
-def test_activations_of_adapters_are_those_of_a_real_pass():
+@pytest.mark.parametrize("dora", [False, True])
+def test_activations_of_adapters_are_those_of_a_real_pass(dora):
     """Frozen bf16 weights are not copied, and frozen layers keep fewer activations."""
 
     def adapt(prior):
-        return adapter.add_adapters(prior, 4, 4, ["attention"])
+        return adapter.add_adapters(prior, 4, 4, ["attention"], dora=dora)
 
     adapted, full = (
         estimate.activations(

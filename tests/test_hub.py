@@ -220,6 +220,11 @@ def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
     text = card.card(run, "me/x", push.results(finished, run))
     assert "secret" not in text and str(finished.parent) not in text
     assert "Replace THE/BASE" in text and "lora_targets" not in text
+    run["settings"].pop("use_dora")  # as in an older run's file
+    assert "A LoRA of rank 4 for" in card.card(run, "me/x", push.results(finished, run))
+    run["settings"]["use_dora"] = True
+    dora = card.card(run, "me/x", push.results(finished, run))
+    assert "A DoRA of rank 4 for" in dora and "| use_dora | True |" in dora
     compile(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], "snippet", "exec")
     settings = {
         "pretrained_prior_model_name_or_path": "/data",

@@ -1,4 +1,4 @@
-"""LoRA: starts as identity, merging is exact, files are equivalent in diffusers and PEFT."""
+"""LoRA and DoRA: start as identity, merging is exact, files work in diffusers and PEFT."""
 
 
 import diffusers
@@ -26,14 +26,22 @@ def make_prior(dtype=torch.float32):
     return prior if dtype == torch.float32 else prior.to(dtype)
 
 
-def make_adapted(rank=4, alpha=8.0, targets=("attention",)):
+def make_adapted(rank=4, alpha=8.0, targets=("attention",), dora=False):
     """A prior with non-zero adapters."""
     prior = make_prior()
-    adapter.add_adapters(prior, rank, alpha, targets)
-    with torch.no_grad():
-        for layer in adapter.adapters(prior).values():
-            layer.lora_B.normal_(std=0.2)
+    adapter.add_adapters(prior, rank, alpha, targets, dora=dora)
+    randomize(prior)
     return prior
+
+
+@torch.no_grad()
+def randomize(prior):
+    """Make B random, and the magnitudes too, in adapters of ours or PEFT's."""
+    for name, weight in prior.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.2)
+        if "lora_magnitude_vector" in name:
+            weight.mul_(1 + 0.3 * torch.randn_like(weight))
 
 
 @torch.no_grad()
@@ -44,19 +52,22 @@ def predict(prior, autocast=False):
 
 @pytest.mark.parametrize("targets", [("attention",), ("all-linear",)])
 @pytest.mark.parametrize("half", [False, True])
-def test_a_fresh_adapter_changes_nothing(targets, half):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_fresh_adapter_changes_nothing(targets, half, dora):
     prior = make_prior(torch.bfloat16 if half else torch.float32)
     before = predict(prior, half)
-    trainable = adapter.add_adapters(prior, 4, 4, targets)
+    trainable = adapter.add_adapters(prior, 4, 4, targets, dora=dora)
     assert torch.equal(predict(prior, half), before)
+    assert any("magnitude" in name for name in trainable) == dora
     assert {w.dtype for w in trainable.values()} == {torch.float32}
     assert {n for n, w in prior.named_parameters() if w.requires_grad} == trainable.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_without_autocast(tmp_path, dtype):
+@pytest.mark.parametrize("dora", [False, True])
+def test_half_precision_without_autocast(tmp_path, dtype, dora):
     """As in sampling: a prior in half precision, adapters in fp32."""
-    lora_file.save(make_adapted(), tmp_path / lora_file.FILE)
+    lora_file.save(make_adapted(dora=dora), tmp_path / lora_file.FILE)
     expected = predict(lora_file.load(make_prior(), tmp_path))
     prior = lora_file.load(make_prior(dtype), tmp_path)
     with torch.no_grad():
@@ -65,8 +76,9 @@ def test_half_precision_without_autocast(tmp_path, dtype):
     assert found.dtype == dtype and relative(found, expected) < 0.05
 
 
-def test_scale():
-    prior, base = make_adapted(), predict(make_prior())
+@pytest.mark.parametrize("dora", [False, True])
+def test_scale(dora):
+    prior, base = make_adapted(dora=dora), predict(make_prior())
     trained = predict(prior)
     assert relative(trained, base) > 0.001
     adapter.set_scale(prior, 0)
@@ -80,14 +92,61 @@ def test_scale():
 
 @pytest.mark.parametrize("targets", [("attention",), ("all-linear",)])
 @pytest.mark.parametrize("scale", [1.0, -0.5, 2.0])
-def test_merged_is_wrapped(targets, scale):
-    prior = make_adapted(targets=targets)
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_is_wrapped(targets, scale, dora):
+    prior = make_adapted(targets=targets, dora=dora)
     adapter.set_scale(prior, scale)
     wrapped = predict(prior)
     merged = adapter.merge(prior)
     assert not adapter.adapters(merged)
     assert merged.state_dict().keys() == make_prior().state_dict().keys()
     assert relative(predict(merged), wrapped) < 1e-6
+
+
+# ---- DoRA's layer.
+
+
+def make_dora(dtype=torch.float32):
+    torch.manual_seed(0)
+    layer = adapter.DoRALinear(torch.nn.Linear(64, 48).to(dtype), 4, 8.0)
+    randomize(layer)
+    return layer
+
+
+@torch.no_grad()
+def test_the_rows_of_a_dora_have_its_magnitudes():
+    layer = make_dora()
+    w, magnitude = layer.base.weight.clone(), layer.lora_magnitude_vector
+    v = w + 2 * layer.lora_B @ layer.lora_A
+    found = layer.merged().weight
+    assert relative(found.norm(dim=1), magnitude) < 1e-6
+    assert relative(found, magnitude[:, None] * torch.nn.functional.normalize(v)) < 1e-6
+    half = make_dora()
+    half.scale = 0.5
+    assert relative(half.merged().weight, (w + found) / 2) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", ["half", "fp32"])
+def test_a_doras_norm_is_fp32_in_half_precision(dtype, frozen):
+    layer, x = make_dora(dtype if frozen == "half" else torch.float32), torch.randn(32, 64)
+    with torch.autocast("cpu", dtype):
+        found, gain = layer(x), layer.gain()
+    assert found.dtype == dtype and torch.equal(gain, layer.gain())
+    assert relative(found, layer.float()(x)) < 0.01
+    found.float().square().sum().backward()
+    assert layer.lora_magnitude_vector.grad.dtype == torch.float32
+
+
+def test_a_row_of_zeros_stays_finite():
+    layer = make_dora()
+    with torch.no_grad():
+        for weight in (layer.base.weight, layer.lora_B, layer.lora_magnitude_vector):
+            weight[5] = 0
+    out = layer(torch.randn(3, 64))
+    out.sum().backward()
+    assert torch.equal(out[:, 5], layer.base.bias[5].expand(3))
+    assert all(weight.grad.isfinite().all() for weight in (layer.lora_A, layer.lora_B))
 
 
 def test_presets_and_names():
@@ -106,12 +165,16 @@ def test_presets_and_names():
 # ---- Equivalence with diffusers and PEFT.
 
 
-def reference_pipeline(wuerstchen):
-    tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
+def reference_prior():
     prior = reference.WuerstchenPrior.from_config(make_prior().config)
     prior.load_state_dict(make_prior().state_dict())
+    return prior.eval()
+
+
+def reference_pipeline(wuerstchen):
+    tokenizer, text_encoder = models.load_text(wuerstchen, torch.float32)
     return diffusers.WuerstchenPriorPipeline(
-        tokenizer, text_encoder, prior.eval(), diffusers.DDPMWuerstchenScheduler()
+        tokenizer, text_encoder, reference_prior(), diffusers.DDPMWuerstchenScheduler()
     )
 
 
@@ -129,24 +192,44 @@ def test_our_file_in_diffusers(wuerstchen, tmp_path, targets, rank, alpha):
     assert relative(predict(again), predict(prior)) < 1e-6
 
 
-def peft_prior(alpha, targets):
+@pytest.mark.parametrize("targets", [("attention",), ("all-linear",)])
+def test_a_dora_in_diffusers_and_peft_and_back(wuerstchen, tmp_path, targets):
+    prior = make_adapted(targets=targets, dora=True)
+    file = lora_file.save(prior, tmp_path / lora_file.FILE)
+    pipeline = reference_pipeline(wuerstchen)
+    pipeline.load_lora_weights(tmp_path, weight_name=lora_file.FILE)
+    assert relative(predict(pipeline.prior), predict(prior)) < 1e-6
+    pipeline.prior.save_lora_adapter(tmp_path / "back", pipeline.get_active_adapters()[0])
+    again = lora_file.load(make_prior(), tmp_path / "back")
+    assert torch.equal(predict(again), predict(prior))
+    # PEFT alone. A and B are random there, so that the magnitudes have to come from the file.
+    names = [name.removesuffix(".base") for name in adapter.adapters(prior)]
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=4, target_modules=names, use_dora=True, init_lora_weights=False
+    )
+    theirs = peft.inject_adapter_in_model(settings, reference_prior())
+    tensors = {key.removeprefix("prior."): tensor for key, tensor in load_file(file).items()}
+    assert not peft.set_peft_model_state_dict(theirs, tensors).unexpected_keys
+    assert relative(predict(theirs), predict(prior)) < 1e-6
+    assert get_peft_model_state_dict(theirs).keys() == tensors.keys()
+
+
+def peft_prior(alpha, targets, dora=False):
     """diffusers' prior with non-zero PEFT adapters."""
-    prior = reference.WuerstchenPrior.from_config(make_prior().config)
-    prior.load_state_dict(make_prior().state_dict())
-    prior.add_adapter(peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
-    with torch.no_grad():
-        for name, weight in prior.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.2)
+    prior = reference_prior()
+    settings = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets, use_dora=dora)
+    prior.add_adapter(settings)
+    randomize(prior)
     return prior.eval()
 
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
-def test_a_file_of_the_reference_script(tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_of_the_reference_script(tmp_path, dora):
     """Written with the calls at the end of the reference script."""
-    prior = peft_prior(alpha=4, targets=ATTENTION)
+    prior = peft_prior(alpha=4, targets=ATTENTION, dora=dora)
     diffusers.WuerstchenPriorPipeline.save_lora_weights(
         tmp_path, unet_lora_layers=get_peft_model_state_dict(prior)
     )
@@ -162,18 +245,19 @@ def test_a_file_with_metadata_of_diffusers(tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_folder_of_peft(tmp_path, rslora):
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_folder_of_peft(tmp_path, rslora, dora):
     settings = peft.LoraConfig(
         r=4,
         lora_alpha=12,
         target_modules=ATTENTION,
         init_lora_weights=False,
         use_rslora=rslora,
+        use_dora=dora,
         alpha_pattern={r"blocks\.\d+\.attention\.to_q": 16, "o_k": 99},
     )
-    theirs = reference.WuerstchenPrior.from_config(make_prior().config)
-    theirs.load_state_dict(make_prior().state_dict())
-    wrapped = peft.get_peft_model(theirs.eval(), settings)
+    wrapped = peft.get_peft_model(reference_prior(), settings)
+    randomize(wrapped)
     wrapped.save_pretrained(tmp_path)
     found = lora_file.load(make_prior(), tmp_path)
     with torch.no_grad():
@@ -181,15 +265,17 @@ def test_a_folder_of_peft(tmp_path, rslora):
 
 
 @pytest.mark.parametrize("targets", [("attention", ATTENTION), ("all-linear", None)], ids=str)
-def test_training_steps_equal_pefts(targets):
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_steps_equal_pefts(targets, dora, dropout):
     """Adapter weights after 5 AdamW steps from the same initial weights, on the same data."""
     preset, names = targets
-    ours = make_prior().train()
-    trainable = adapter.add_adapters(ours, 4, 8.0, [preset])
+    ours = make_prior()
+    trainable = adapter.add_adapters(ours, 4, 8.0, [preset], dropout, dora)
     names = names or [name.removesuffix(".base") for name in adapter.adapters(ours)]
-    theirs = reference.WuerstchenPrior.from_config(make_prior().config)
-    theirs.load_state_dict(make_prior().state_dict())
-    theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    theirs = reference_prior()
+    settings = {"target_modules": names, "lora_dropout": dropout, "use_dora": dora}
+    theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, **settings))
     pairs = {}
     for name, weight in theirs.named_parameters():
         if "lora_" in name:
@@ -201,7 +287,7 @@ def test_training_steps_equal_pefts(targets):
         torch.optim.AdamW([pair[i] for pair in pairs.values()], lr=1e-3, eps=1e-6) for i in (0, 1)
     ]
     for step in range(5):
-        for model, optimizer in zip((ours, theirs.train()), optimizers, strict=True):
+        for model, optimizer in zip((ours.train(), theirs.train()), optimizers, strict=True):
             torch.manual_seed(step)
             noise = torch.randn(2, 16, 3, 3)
             loss = (model(*INPUTS) - noise).square().mean()
@@ -234,6 +320,20 @@ def test_start_from_a_file(tmp_path):
         lora_file.start_from(other, tmp_path / lora_file.FILE)
 
 
+def test_start_from_a_dora(tmp_path):
+    prior = make_adapted(4, 8.0, dora=True)
+    file = lora_file.save(prior, tmp_path / lora_file.FILE)
+    plain = lora_file.save(make_adapted(), tmp_path / "plain.safetensors")
+    fresh = make_prior()
+    adapter.add_adapters(fresh, 4, 2.0, ["attention"], dora=True)
+    lora_file.start_from(fresh, file)
+    assert relative(predict(fresh), predict(prior)) < 1e-6
+    with pytest.raises(UserError, match="plain.* is a LoRA, without magnitudes: drop --use_dora"):
+        lora_file.start_from(fresh, plain)
+    with pytest.raises(UserError, match="is a DoRA: add --use_dora"):
+        lora_file.start_from(make_adapted(), file)
+
+
 def test_mistakes_in_targets_and_rank():
     for rank in (0, 65):
         with pytest.raises(
@@ -250,10 +350,10 @@ def test_mistakes_in_targets_and_rank():
         adapter.add_adapters(make_prior(), 4, 4, ["depthwise"])
 
 
-def broken(tmp_path, change):
+def broken(tmp_path, change, dora=False):
     """Write a valid file after applying `change` to its tensors."""
     file = tmp_path / lora_file.FILE
-    lora_file.save(make_adapted(), file)
+    lora_file.save(make_adapted(dora=dora), file)
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -310,6 +410,36 @@ def test_mistakes_in_files(tmp_path, kind):
         lora_file.load(make_prior(), broken(tmp_path, change))
 
 
+MAGNITUDE = "prior.blocks.2.attention.to_q.lora_magnitude_vector"
+DORA_MISTAKES = {
+    "some": (lambda t: t.pop(MAGNITUDE), "is a DoRA, but blocks.2.attention.to_q has no lora_mag"),
+    "length": (lambda t: t.update({MAGNITUDE: torch.ones(7)}), r"to_q have shape \[7\] .* \[64\]"),
+    "matrix": (lambda t: t.update({MAGNITUDE: torch.ones(64, 1)}), r"have shape \[64, 1\]"),
+    "alone": (lambda t: t.pop(KEY), "to_q is not a pair of factors"),
+    "nan": (lambda t: t[MAGNITUDE].fill_(torch.nan), "to_q.lora_magnitude_vector is not finite"),
+    "integers": (lambda t: t.update({MAGNITUDE: torch.ones(64).int()}), "has type torch.int32"),
+    "kohya": (
+        lambda t: rename(t, "lora_magnitude_vector", "dora_scale"),
+        "unknown key prior.blocks.2.attention.to_k.dora_scale",
+    ),
+    "twice": (lambda t: t.update({MAGNITUDE + ".weight": torch.ones(64)}), "occurs twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DORA_MISTAKES)
+def test_mistakes_in_dora_files(tmp_path, kind):
+    change, said = DORA_MISTAKES[kind]
+    with pytest.raises(UserError, match=said):
+        lora_file.load(make_prior(), broken(tmp_path, change, dora=True))
+
+
+@pytest.mark.parametrize("ending", [".weight", ".default.weight"])
+def test_other_names_of_magnitudes(tmp_path, ending):
+    """As in PEFT's own state dict, and as diffusers converts other formats."""
+    file = broken(tmp_path, lambda t: rename(t, "_vector", "_vector" + ending), dora=True)
+    assert {len(factors) for factors in lora_file.read(file).values()} == {3}
+
+
 @pytest.mark.parametrize("stored", ["{", "[1]", '{"prior.lora_alpha": null}'])
 def test_broken_settings_in_files(tmp_path, stored):
     file = tmp_path / lora_file.FILE
@@ -328,20 +458,20 @@ def test_unreadable_files(tmp_path):
         lora_file.read(file)
 
 
-def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys, dora):
     def run(*words):
         monkeypatch.setattr("sys.argv", ["minwurst.lora", *map(str, words)])
         program.main()
         return capsys.readouterr().out
 
     prior = models.load_prior(wuerstchen)
-    adapter.add_adapters(prior, 4, 8.0, ["attention"])
-    with torch.no_grad():
-        for layer in adapter.adapters(prior).values():
-            layer.lora_B.normal_(std=0.2)
+    adapter.add_adapters(prior, 4, 8.0, ["attention"], dora=dora)
+    randomize(prior)
     lora_file.save(prior, tmp_path / lora_file.FILE)
     printed = run("show", tmp_path)
-    assert "8 layers, 4,096 parameters" in printed and "attention.to_q: 2 × rank 4" in printed
+    what = "DoRA, 8 layers, 4,608 parameters" if dora else "LoRA, 8 layers, 4,096 parameters"
+    assert what in printed and "attention.to_q: 2 × rank 4" in printed
     run("merge", tmp_path, wuerstchen, tmp_path / "merged", "--scale", "0.5")
     adapter.set_scale(prior.eval(), 0.5)
     assert relative(predict(models.load_prior(tmp_path / "merged")), predict(prior)) < 1e-5

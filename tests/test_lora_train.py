@@ -74,16 +74,21 @@ def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     assert trained < 0.95 * error(prior, wuerstchen)
 
 
-@pytest.mark.parametrize("objective", [{}, plain.AUTHORS], ids=["default", "authors"])
-def test_equals_a_plain_loop_with_peft(still_wuerstchen, tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "dora"), [({}, False), (plain.AUTHORS, False), ({}, True)],
+    ids=["default", "authors", "dora"],
+)  # fmt: skip
+def test_equals_a_plain_loop_with_peft(still_wuerstchen, tmp_path, objective, dora):
     """Adapters and their average after 4 steps, from the same initial weights."""
-    settings = {**plain.FLAGS, **objective, "lora_alpha": 8}
+    settings = {**plain.FLAGS, **objective, "lora_alpha": 8, "use_dora": dora}
     out = train_here(still_wuerstchen, tmp_path, "lora.py", **settings)
     torch.manual_seed(7)
-    start = adapter.add_adapters(models.load_prior(still_wuerstchen), 4, 8.0, ["attention"])
+    start = models.load_prior(still_wuerstchen)
+    start = adapter.add_adapters(start, 4, 8.0, ["attention"], dora=dora)
     prior = reference.load_prior(still_wuerstchen / "prior")
     layers = ["to_q", "to_k", "to_v", "to_out.0"]
-    prior.train().add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers))
+    options = peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, use_dora=dora)
+    prior.train().add_adapter(options)
     trained = {
         name.replace(".default.weight", ""): weight
         for name, weight in prior.named_parameters()
@@ -97,17 +102,20 @@ def test_equals_a_plain_loop_with_peft(still_wuerstchen, tmp_path, objective):
     assert difference(load_file(out / "checkpoint-4" / "ema.safetensors"), average) < 1e-6
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision):
-    settings = {**EVERYTHING, "mixed_precision": precision}
+@pytest.mark.parametrize(
+    ("precision", "dora"), [("no", False), ("bf16", False), ("fp16", False), ("bf16", True)]
+)
+def test_resumed_run_is_the_same_run(wuerstchen, tmp_path, precision, dora):
+    settings = {**EVERYTHING, "mixed_precision": precision, "use_dora": dora}
     whole = train_here(wuerstchen, tmp_path / "whole", **settings)
     parts = train_here(wuerstchen, tmp_path / "parts", **{**settings, "max_train_steps": 2})
     train_here(wuerstchen, parts, **settings, resume_from_checkpoint="latest")
     assert_bitwise_equal(whole / "checkpoint-4", parts / "checkpoint-4")
     assert (whole / lora_file.FILE).read_bytes() == (parts / lora_file.FILE).read_bytes()
     ends = saved(whole / "checkpoint-2"), saved(whole / "checkpoint-4")
-    name = "weights/blocks.2.attention.to_q.lora_B"
-    assert not torch.equal(ends[0][name], ends[1][name])
+    for part in ("lora_B", "lora_magnitude_vector")[: 1 + dora]:
+        name = f"weights/blocks.2.attention.to_q.{part}"
+        assert not torch.equal(ends[0][name], ends[1][name])
 
 
 @pytest.mark.slow
@@ -153,13 +161,15 @@ def test_starting_from_a_file(wuerstchen, tmp_path):
         assert torch.equal(a, before[0]) and relative(b, before[1]) < 1e-6
 
 
-def test_another_base_or_rank_is_not_resumed(wuerstchen, tmp_path):
+def test_another_base_rank_or_kind_is_not_resumed(wuerstchen, tmp_path):
     other = shutil.copytree(wuerstchen, tmp_path / "other")
     tiny.make_prior(dropout=0.1).save_pretrained(other / "prior")
     out = train_here(wuerstchen, tmp_path / "out", **LORA, max_train_steps=1)
     again = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
     with pytest.raises(UserError, match="--rank was 4 and is now 2, which would be another run"):
         train_here(wuerstchen, out, **{**LORA, "rank": 2}, **again)
+    with pytest.raises(UserError, match="--use_dora was False and is now True, which would be an"):
+        train_here(wuerstchen, out, **LORA, use_dora=True, **again)
     with pytest.raises(UserError, match="the prior .* which would be another run"):
         train_here(other, out, **LORA, **again)
 

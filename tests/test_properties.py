@@ -85,7 +85,8 @@ FACTORS = [
     for of in ("prior.", "base_model.model.", "")
     for factor, end in zip("ABAB", [".weight"] * 2 + [".default.weight"] * 2, strict=True)
 ]
-keys = st.sampled_from([*FACTORS, "a.lora.up.weight", "a.alpha", "", "x.y"])
+MAGNITUDES = ["prior.a.lora_magnitude_vector", "base_model.model.a.lora_magnitude_vector"]
+keys = st.sampled_from([*FACTORS, *MAGNITUDES, "a.lora.up.weight", "a.alpha", "", "x.y"])
 kinds = st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.bool])
 numbers = st.floats() | st.integers() | st.sampled_from([10**400, True, None, "1", [1]])
 patterns = st.dictionaries(st.sampled_from(["a", "(", "*", "[", "b.a"]), numbers, max_size=2)
@@ -100,20 +101,24 @@ options = st.fixed_dictionaries(
 
 def read_or_user_error(file):
     with contextlib.suppress(UserError):
-        for a, b in lora_file.read(file).values():
+        for a, b, *magnitude in lora_file.read(file).values():
             assert a.dtype == b.dtype == torch.float32 and len(a) == b.shape[1]
+            assert all(m.dtype == a.dtype and m.shape == b.shape[:1] for m in magnitude)
 
 
 @few
 @given(
     st.dictionaries(keys, st.tuples(shapes, kinds), max_size=4),
     st.sampled_from(["", "prior.", "base_model.model."]), options | numbers, st.booleans(),
+    st.booleans(),
 )  # fmt: skip
-def test_a_lora_file_is_read_or_refused(tmp_path, tensors, good, stored, beside):
+def test_a_lora_file_is_read_or_refused(tmp_path, tensors, good, stored, beside, dora):
     """Any tensors and settings give adapters that fit or a UserError, nothing else."""
     made = {key: torch.zeros(shape, dtype=kind) for key, (shape, kind) in tensors.items()}
     if good:  # a complete pair, so that the settings are used
         made = {f"{good}b.a.lora_{factor}.weight": torch.ones(2, 2) for factor in "AB"}
+        if dora:
+            made[f"{good}b.a.lora_magnitude_vector"] = torch.ones(2)
     metadata = None if beside else {"lora_adapter_metadata": json.dumps(stored)}
     (tmp_path / lora_file.FILE).write_bytes(save(made, metadata))
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored))

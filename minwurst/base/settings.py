@@ -453,6 +453,11 @@ class LoRASettings(Settings):
     lora_dropout: float = adapter(
         0.0, "Dropout on the input of A.", at_least=0, below=1, in_card=True
     )
+    use_dora: bool = adapter(
+        False,
+        "DoRA: also train the norm of each row of the adapted weights, beside A and B.",
+        in_card=True,
+    )
     lora_targets: list = adapter(
         ("attention",),
         "Layers to adapt: `attention` (q, k, v, out), `all-linear`, or names or endings of names.",
@@ -473,8 +478,10 @@ class LoRASettings(Settings):
     def adapter_options(self):
         """The keyword arguments of `add_adapters`."""
         alpha = self.rank if self.lora_alpha is None else self.lora_alpha
-        targets, dropout = self.lora_targets, self.lora_dropout
-        return {"rank": self.rank, "alpha": alpha, "targets": targets, "dropout": dropout}
+        return {
+            "rank": self.rank, "alpha": alpha, "targets": self.lora_targets,
+            "dropout": self.lora_dropout, "dora": self.use_dora,
+        }  # fmt: skip
 
 
 def check_limits(settings):

@@ -76,6 +76,7 @@ def card(run, repository, files):
     """The card's text. run: as run_file.read gives it. files: as push.results gives them."""
     settings, base, data = run["settings"], run["published"]["base"], run["published"]["data"]
     is_lora, from_scratch = lora_file.FILE in files, settings.get("from_scratch")
+    kind = "DoRA" if settings.get("use_dora") else "LoRA"
     metadata = huggingface_hub.ModelCardData(
         license="mit" if (base or "").startswith("warp-ai/") and not from_scratch else None,
         base_model=None if from_scratch else base,
@@ -96,7 +97,7 @@ def card(run, repository, files):
     return CARD.format(
         metadata=metadata.to_yaml(),
         name=repository.split("/")[-1],
-        what=f"A LoRA of rank {settings['rank']} for" if is_lora else "All weights of",
+        what=f"A {kind} of rank {settings['rank']} for" if is_lora else "All weights of",
         start="was trained from scratch"
         if from_scratch
         else f"started from `{base}`"

@@ -1,10 +1,10 @@
-"""LoRA files: writing them, and reading ours and those of diffusers and PEFT.
+"""LoRA and DoRA files: writing them, and reading ours and those of diffusers and PEFT.
 
     save(prior, "pytorch_lora_weights.safetensors")
     load(prior, "pytorch_lora_weights.safetensors")     # into a prior without adapters
 
 Our files contain no alpha: alpha/rank is multiplied into B, which every version of diffusers and
-PEFT reads the same way.
+PEFT reads the same way. DoRA's magnitudes are stored as they are.
 """
 
 import json
@@ -19,13 +19,15 @@ from torch import nn
 
 from minwurst.base.errors import UserError
 from minwurst.edge.files import not_finite, reason, replacing
-from minwurst.step.adapter import adapters, add_adapter
+from minwurst.step.adapter import DoRALinear, adapters, add_adapter
 
 FILE = "pytorch_lora_weights.safetensors"
 ENDINGS = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",
     ".lora_A.default.weight": "A", ".lora_B.default.weight": "B",
     ".lora.down.weight": "A", ".lora.up.weight": "B",
+    ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m",
+    ".lora_magnitude_vector.default.weight": "m",
 }  # fmt: skip
 
 
@@ -36,6 +38,9 @@ def state_dict(prior):
         b = adapter.lora_B.detach() * (adapter.alpha / adapter.rank)
         state[f"prior.{name}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
         state[f"prior.{name}.lora_B.weight"] = b.cpu().contiguous()
+        if isinstance(adapter, DoRALinear):
+            magnitude = adapter.lora_magnitude_vector.detach()
+            state[f"prior.{name}.lora_magnitude_vector"] = magnitude.cpu().contiguous()
     return state
 
 
@@ -74,8 +79,8 @@ def prediction_of(prior):
 def read(file):
     """A LoRA file as {layer: (A (rank, in), B (out, rank))}, alpha/rank multiplied into B.
 
-    file: ours, one by diffusers or PEFT, or the folder of one. A UserError names an unknown key, or
-    says what is wrong with the file.
+    A DoRA file's have a third, the magnitudes (out). file: ours, one by diffusers or PEFT, or the
+    folder of one. A UserError names an unknown key, or says what is wrong with the file.
     """
     file = find(file)
     try:
@@ -108,9 +113,26 @@ def read(file):
             sizes = " and ".join(str(list(shape)) for shape in shapes)
             raise UserError(f"LoRA {file}: {name} is not a pair of factors A and B: {sizes}.")
         layers[name] = pair["A"], pair["B"] * scaling(name, len(pair["A"]))
+        if "m" in pair:
+            if list(pair["m"].shape) != [shapes[1][0]]:
+                raise UserError(
+                    f"LoRA {file}: the magnitudes of {name} have shape {list(pair['m'].shape)} "
+                    f"instead of [{shapes[1][0]}]."
+                )
+            layers[name] += (pair["m"],)
     if not layers:
         raise UserError(f"LoRA {file} contains no adapters.")
+    if lacking := [name for name in layers if is_dora(layers) and len(layers[name]) == 2]:
+        raise UserError(
+            f"LoRA {file} is a DoRA, but {lacking[0]} has no lora_magnitude_vector: part of the "
+            "file is missing."
+        )
     return layers
+
+
+def is_dora(layers):
+    """Whether a file, as `read` gives it, has magnitudes."""
+    return any(len(factors) == 3 for factors in layers.values())
 
 
 def scaling_of(file, metadata, from_peft):
@@ -151,7 +173,7 @@ def check_layers(prior, layers, file):
             f"{prediction_of(prior)}."
         )
     linear = {name: m for name, m in prior.named_modules() if isinstance(m, nn.Linear)}
-    for name, (a, b) in layers.items():
+    for name, (a, b, *_) in layers.items():
         layer = linear.get(name) or linear.get(f"{name}.base")
         if layer is None and name in dict(prior.named_modules()):
             raise UserError(f"LoRA {file}: {name} is not a linear layer; others are not supported.")
@@ -169,9 +191,9 @@ def load(prior, file):
     """Add a file's adapters to a prior, frozen, ready for `set_scale` or `merge`."""
     layers = read(file)
     check_layers(prior, layers, file)
-    for name, (a, b) in layers.items():
-        adapter = add_adapter(prior, name, rank=len(a), alpha=len(a))
-        adapter.lora_A.copy_(a), adapter.lora_B.copy_(b)
+    for name, (a, b, *magnitude) in layers.items():
+        adapter = add_adapter(prior, name, rank=len(a), alpha=len(a), dora=bool(magnitude))
+        fill(adapter, a, b, *magnitude)
     prior.requires_grad_(False)
     return prior
 
@@ -181,13 +203,23 @@ def start_from(prior, file):
     """Copy a file into adapters of the same layers and rank, to continue training it."""
     layers, own = read(file), adapters(prior)
     check_layers(prior, layers, file)
+    if is_dora(layers) != any(isinstance(adapter, DoRALinear) for adapter in own.values()):
+        kind, remedy = ("DoRA", "add") if is_dora(layers) else ("LoRA, without magnitudes", "drop")
+        raise UserError(f"--lora_weights {file} is a {kind}: {remedy} --use_dora.")
     if layers.keys() != own.keys():
         name = sorted(layers.keys() ^ own.keys())[0]
         raise UserError(
             f"--lora_weights {file}: {name} is in the file or in --lora_targets, but not in both."
         )
-    for name, (a, b) in layers.items():
+    for name, (a, b, *magnitude) in layers.items():
         adapter = own[name]
         if len(a) != adapter.rank:
             raise UserError(f"--lora_weights {file} has rank {len(a)}; --rank is {adapter.rank}.")
-        adapter.lora_A.copy_(a), adapter.lora_B.copy_(b / (adapter.alpha / adapter.rank))
+        fill(adapter, a, b / (adapter.alpha / adapter.rank), *magnitude)
+
+
+def fill(adapter, a, b, magnitude=None):
+    """Copy factors into an adapter, and the magnitudes into DoRA's."""
+    adapter.lora_A.copy_(a), adapter.lora_B.copy_(b)
+    if magnitude is not None:
+        adapter.lora_magnitude_vector.copy_(magnitude)

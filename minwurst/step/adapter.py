@@ -1,9 +1,10 @@
-"""LoRA: training a low-rank update of frozen weights (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: training a low-rank update of frozen weights (Hu et al. 2021, arXiv 2106.09685), and DoRA.
 
     trainable = add_adapters(prior, rank=4, alpha=4, targets=["attention"])
 
 A frozen W becomes W + (alpha/rank)·B·A (the paper's eq. 3), where A is (rank, in) and B is
-(out, rank). B starts at zero, so a new adapter changes nothing. Files are in edge/lora_file.py.
+(out, rank). B starts at zero, so a new adapter changes nothing. DoRA, with dora=True, also trains
+the length of each row. Files are in edge/lora_file.py.
 """
 
 import difflib
@@ -43,16 +44,60 @@ class LoRALinear(nn.Module):
         update = F.linear(F.linear(self.dropout(x), a), b)                         # (…, out)
         return out + self.scale * self.alpha / self.rank * update
 
+    def change(self):
+        """What is added to the weight at scale 1, in fp32."""
+        return self.alpha / self.rank * (self.lora_B @ self.lora_A)                # (out, in)
+
     @torch.no_grad()
     def merged(self):
         """The plain linear layer that computes the same, in the base's type."""
-        update = self.scale * self.alpha / self.rank * (self.lora_B @ self.lora_A)  # (out, in)
-        weight = self.base.weight.float() + update
+        weight = self.base.weight.float() + self.scale * self.change()
         self.base.weight.copy_(weight.to(self.base.weight.dtype))
         return self.base
 
 
-def add_adapters(prior, rank, alpha, targets, dropout=0.0):
+class DoRALinear(LoRALinear):
+    """LoRA of a weight's direction, beside its magnitude (DoRA: Liu et al. 2024, arXiv 2402.09353).
+
+    With V = W + (alpha/rank)·B·A, each row of W becomes W' = m · V/‖V‖ (the paper's eq. 5). The
+    magnitude m, one number per row, is trained too and starts at ‖W‖, so that a new adapter changes
+    nothing. The backward pass takes ‖V‖ as a constant (section 4.3).
+
+    scale moves the weight in a straight line, to W + scale · (W' − W): 0 is the base layer bit for
+    bit, 1 is as trained. Dropout is on the input of W' − W, as in PEFT.
+    """
+
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__(base, rank, alpha, dropout)
+        self.lora_magnitude_vector = nn.Parameter(base.weight.detach().float().norm(dim=1))  # (out)
+
+    def forward(self, x):
+        out = self.base(x)                                                         # (…, out)
+        if self.scale == 0:
+            return out
+        dropped = self.dropout(x)
+        if self.training and self.dropout.p:
+            product = F.linear(dropped, self.base.weight)            # without bias, (…, out)
+        else:
+            product = out if self.base.bias is None else out - self.base.bias.to(out.dtype)
+        a, b = self.lora_A.to(out.dtype), self.lora_B.to(out.dtype)
+        update = self.alpha / self.rank * F.linear(F.linear(dropped, a), b)        # (…, out)
+        # The gain is near 1, so 1 is subtracted before rounding to half precision.
+        beyond = (self.gain() - 1).to(out.dtype)                                   # (out)
+        return out + self.scale * (update + beyond * (product + update))           # W'·x = gain·V·x
+
+    def gain(self):
+        """m/‖V‖, in fp32 also under autocast. A row of zeros stays zero."""
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+            norm = (self.base.weight.float() + super().change()).norm(dim=1)       # (out)
+        return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def change(self):
+        weight = self.base.weight.float()
+        return self.gain()[:, None] * (weight + super().change()) - weight         # (out, in)
+
+
+def add_adapters(prior, rank, alpha, targets, dropout=0.0, dora=False):
     """Freeze the prior and wrap each target layer. Returns the trainable parameters by name."""
     prior.requires_grad_(False)
     for name in find_targets(prior, targets):
@@ -60,14 +105,15 @@ def add_adapters(prior, rank, alpha, targets, dropout=0.0):
         largest = min(layer.in_features, layer.out_features)
         if not 1 <= rank <= largest:
             raise UserError(f"--rank is {rank}; {name} allows 1 to {largest}.")
-        add_adapter(prior, name, rank, alpha, dropout)
+        add_adapter(prior, name, rank, alpha, dropout, dora)
     return adapter_weights(prior)
 
 
-def add_adapter(prior, name, rank, alpha, dropout=0.0):
+def add_adapter(prior, name, rank, alpha, dropout=0.0, dora=False):
     """Wrap the layer of this name in an adapter, and return the adapter."""
     parent, _, child = name.rpartition(".")
-    adapter = LoRALinear(prior.get_submodule(name), rank, alpha, dropout)
+    kind = DoRALinear if dora else LoRALinear
+    adapter = kind(prior.get_submodule(name), rank, alpha, dropout)
     setattr(prior.get_submodule(parent), child, adapter)
     return adapter
 
