@@ -48,14 +48,15 @@ class Wuerstchen:
         self.decode = decode
 
     def latents(self, prompt, seed=0, size=24, guidance=4.0):
-        """The prior's latents of an image, (1, 16, size, size), scaled. 24 gives 1024 pixels.
+        """The prior's latents of an image, (1, 16, h, w), scaled.
 
-        size: a multiple of 3, which is what can be decoded.
+        size: h = w, or (h, w). 24 gives 1024 pixels; a multiple of 3, which is what can be decoded.
         """
-        if size != self.decode.latent_size(size):
+        height, width = size if isinstance(size, tuple) else (size, size)
+        if [height, width] != [self.decode.latent_size(side) for side in (height, width)]:
             raise UserError(f"size is {size}; it must be a multiple of 3.")
         states = encode_text(self.tokenizer, self.text_encoder, [prompt, ""])
-        shape, key = (self.prior.prior.config.c_in, size, size), randomness.image_key(prompt, 0)
+        shape, key = (self.prior.prior.config.c_in, height, width), randomness.image_key(prompt, 0)
         with self.prior.active():
             return generate_latents(
                 self.prior, {"text": states}, shape, seed=seed, key=key, guidance=guidance

@@ -16,11 +16,12 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from minwurst import miniature
+from minwurst.base import prompts
 from minwurst.base.console import progress, say
 from minwurst.base.errors import UserError
 from minwurst.base.settings import DEMO_HELP, Settings, check_limits, parse, section
 from minwurst.edge import files, lora_file, models, run_file
-from minwurst.edge.decoders import FullDecoder
+from minwurst.edge.decoders import PIXELS, FullDecoder, latent_shape
 from minwurst.edge.grids import grid
 from minwurst.run.validation import EvaluationModel, generate_latents
 from minwurst.step import adapter, distributed, randomness
@@ -35,6 +36,11 @@ class SampleSettings:
     """The settings of `python -m minwurst.sample`."""
 
     prompt: list = what(None, "Prompts to generate images for.", nargs="+")
+    prompt_file: str = what(
+        None,
+        "File of further prompts, one per line. A prompt, here and on the command line, may end in "
+        "--width 1536 --height 1024 and --seed 3, which override these flags.",
+    )
     num_images: int = what(1, "Images per prompt.", at_least=1)
     seed: int = what(0, "Random seed.", at_least=0)
     output: str = what(
@@ -65,6 +71,10 @@ class SampleSettings:
     resolution: int = how(
         None, "As in training: 768 gives 1024 pixels. Default: the run's, else 768.", at_least=32
     )
+    width: int = how(
+        None, "Width of the images in pixels, instead of --resolution; --height goes with it."
+    )
+    height: int = how(None, "Height of the images in pixels.")
     guidance_scale: float = how(
         4.0, "Strength of classifier-free guidance: how much to exaggerate the prompt. 1 is off."
     )
@@ -77,12 +87,28 @@ class SampleSettings:
     def check(self):
         """Raise UserError for values that can't be used."""
         check_limits(self)
+        if self.prompt_file:
+            lines = prompts.read(self.prompt_file, "prompt_file")
+            self.prompt, self.prompt_file = [*(self.prompt or []), *lines], None
         if not self.prompt:
             raise UserError("--prompt is missing.")
+        prompts.check_size(self.width, self.height)
+        self.prompts()
         if not self.lora and self.lora_scale != SampleSettings.lora_scale:
             raise UserError("--lora_scale needs a --lora.")
         if not self.output.endswith(".png"):
             raise UserError(f"--output {self.output}: the name must end in .png.")
+
+
+    def prompts(self):
+        """The prompts as `Prompt`s, completed with --seed, --width and --height."""
+        completed = []
+        for prompt in map(prompts.Prompt.of, self.prompt):
+            size = (prompt.width, prompt.height) if prompt.width else (self.width, self.height)
+            seed = self.seed if prompt.seed is None else prompt.seed
+            own = {"width": size[0], "height": size[1], "seed": seed}
+            completed.append(dataclasses.replace(prompt, **own))
+        return completed
 
 
 def settings_of_run(path):
@@ -117,9 +143,12 @@ def main(settings):
     if lora:
         lora_file.read(lora)
     trained = setting("resolution", "resolution") // 32
-    size = FullDecoder.latent_size(trained)
-    if size != trained:
-        say(f"{trained}×{trained} latents can't be decoded: generating {size}×{size}.")
+    for prompt in settings.prompts():
+        height, width = latent_shape(FullDecoder, prompt, trained)
+        asked = (prompt.height, prompt.width) if prompt.height else (trained * PIXELS,) * 2
+        made = height * PIXELS, width * PIXELS
+        if any(abs(one - other) > 2 for one, other in zip(asked, made, strict=True)):
+            say(f"“{prompt.line}” is generated at about {made[1]:.0f}×{made[0]:.0f} pixels.")
 
     # ---- Text, prior, latents.
     precision = settings.mixed_precision or ("bf16" if device.type == "cuda" else "no")
@@ -128,7 +157,7 @@ def main(settings):
     encoders = Encoders(
         lambda: models.load_text(text_folder, compute_type), None, compute_type, device
     )
-    encoders.add_prompts(settings.prompt)
+    encoders.add_prompts([prompt.text for prompt in settings.prompts()])
     encoders.unload()
     prior = models.load_prior(prior_folder, compute_type, as_trained=not lora).to(device)
     if lora:
@@ -136,7 +165,7 @@ def main(settings):
     generator = EvaluationModel(prior, NoEMA(), autocast)
     wanted = [
         (scale, prompt, number)
-        for prompt in settings.prompt
+        for prompt in settings.prompts()
         for number in range(settings.num_images)
         for scale in (settings.lora_scale if lora else [None])
     ]
@@ -145,10 +174,10 @@ def main(settings):
         for scale, prompt, number in progress(wanted, "images"):  # one by one, to save memory
             if scale is not None:
                 adapter.set_scale(prior, scale)
+            shape = prior.config.c_in, *latent_shape(FullDecoder, prompt, trained)
             latents.append(generate_latents(
-                generator, encoders.prompts[prompt], (prior.config.c_in, size, size),
-                seed=settings.seed, key=randomness.image_key(prompt, number),
-                guidance=settings.guidance_scale,
+                generator, encoders.prompts[prompt.text], shape, seed=prompt.seed,
+                key=randomness.image_key(prompt.text, number), guidance=settings.guidance_scale,
             ))  # fmt: skip
     del prior, generator  # to make room for the decoder
 
@@ -157,8 +186,8 @@ def main(settings):
     images = []
     with decode.on_device():
         for (_, prompt, number), x in zip(wanted, latents, strict=True):
-            key = randomness.image_key(prompt, number)
-            images.append(decode(x, prompt, randomness.decoding_generator(settings.seed, key)))
+            key = randomness.image_key(prompt.text, number)
+            images.append(decode(x, prompt.text, randomness.decoding_generator(prompt.seed, key)))
     write(images, wanted, settings)
 
 
@@ -169,13 +198,14 @@ def write(images, wanted, settings):
     if len(images) > 1:
         names = [output.with_stem(f"{output.stem}-{n}") for n in range(1, len(images) + 1)]
         captions = [
-            prompt if scale is None else f"{prompt} · LoRA {scale:g}" for scale, prompt, _ in wanted
+            prompt.line if scale is None else f"{prompt.line} · LoRA {scale:g}"
+            for scale, prompt, _ in wanted
         ]
         scales = len(settings.lora_scale)
         grid(images, captions, columns=scales if scales > 1 else 4).save(output)
     for image, name, (scale, prompt, number) in zip(images, names, wanted, strict=True):
         info = PngInfo()  # how the image was made
-        made = {"prompt": prompt, "number": number, "lora_scale": scale, "seed": settings.seed}
+        made = {"prompt": prompt.text, "number": number, "lora_scale": scale, "seed": prompt.seed}
         info.add_itxt("minwurst", json.dumps(made, ensure_ascii=False))
         image.save(name, pnginfo=info)
     print(f"{output}" + (f", {names[0].name} to {names[-1].name}" if len(images) > 1 else ""))

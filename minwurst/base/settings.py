@@ -19,6 +19,7 @@ import math
 import os
 import sys
 
+from minwurst.base import prompts
 from minwurst.base.errors import UserError, exit_with
 
 
@@ -351,6 +352,12 @@ class Settings:
         aliases=["--validation_prompt"],
         may_change=True,
     )
+    validation_prompt_file: str = watch(
+        None,
+        "File of further prompts, one per line. A prompt, here and on the command line, may end in "
+        "--width 1536 --height 1024 (pixels of the image) and --seed 3.",
+        may_change="silently",
+    )
     validation_split: float = watch(
         0.0,
         "Fraction of the rows to hold out: they are not trained on, and their loss is reported.",
@@ -396,6 +403,11 @@ class Settings:
         """Raise UserError for values that no run can use."""
         check_limits(self)
         self.complete_objective()
+        if self.validation_prompt_file:
+            lines = prompts.read(self.validation_prompt_file, "validation_prompt_file")
+            self.validation_prompts = [*(self.validation_prompts or []), *lines]
+            self.validation_prompt_file = None
+        self.prompts()
         if not self.output_dir:
             raise UserError("--output_dir is empty.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
@@ -417,6 +429,10 @@ class Settings:
                 "No data: give --dataset_name (Hub name, folder or .parquet file) or "
                 "--train_data_dir (folder of images with metadata.jsonl). --demo brings its own."
             )
+
+    def prompts(self):
+        """The validation prompts as `Prompt`s."""
+        return [prompts.Prompt.of(line, "prompt") for line in self.validation_prompts or []]
 
     def complete_objective(self):
         """Fill in what the objective reads; UserError for a value that it does not read."""

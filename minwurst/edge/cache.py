@@ -122,7 +122,7 @@ def open_source(run, data, compute_type):
     """
     settings, side = run.settings, run.settings.resolution
     encoders = models.make_encoders(run.parts, compute_type, run.device)
-    encoders.add_prompts(settings.validation_prompts or [])
+    encoders.add_prompts([prompt.text for prompt in settings.prompts()])
     if not settings.cache_latents:
         return encoders
     facts = {"skipped": sorted(data.skipped)} if data.skipped else {}

@@ -2,9 +2,10 @@
 
 import huggingface_hub
 
+from minwurst.base.prompts import Prompt
 from minwurst.base.settings import LoRASettings, Settings, facts_of, public
 from minwurst.edge import lora_file, models
-from minwurst.edge.decoders import FullDecoder
+from minwurst.edge.decoders import PIXELS, FullDecoder
 from minwurst.edge.grids import BEFORE_AFTER
 
 CARD = """---
@@ -61,7 +62,7 @@ prior.to(*place), decoder.to(*place)
 
 prompt = {prompt!r}
 times = stage_c.DEFAULT_STAGE_C_TIMESTEPS
-latents = prior(prompt, {side}, {side}, timesteps=times, guidance_scale=4.0).image_embeddings
+latents = prior(prompt, {height}, {width}, timesteps=times, guidance_scale=4.0).image_embeddings
 decoder(latents, prompt).images[0].save("picture.png")"""
 
 NO_SNIPPET = """# It predicts {prediction_type}, which diffusers can't sample. With minwurst:
@@ -107,7 +108,7 @@ def card(run, repository, files):
         images=f"![before and after training]({BEFORE_AFTER})\n\nPrompts: {listed}"
         if BEFORE_AFTER in files
         else "",
-        snippet=snippet(repository, run, prompts[0], is_lora)
+        snippet=snippet(repository, run, Prompt.of(prompts[0]), is_lora)
         if run["prediction_type"] == "epsilon"
         else NO_SNIPPET.format(kind="lora" if is_lora else "prior", repository=repository, **run),
         settings="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
@@ -121,7 +122,7 @@ def snippet(repository, run, prompt, is_lora):
     """Python that generates an image with the pushed result; it needs diffusers, not minwurst."""
     names = run["published"]
     base, alone = names["base"] or "THE/BASE", is_lora and names["prior_alone"]
-    side = int(FullDecoder.latent_size(run["settings"]["resolution"] // 32) * 42.67)
+    side = int(FullDecoder.latent_size(run["settings"]["resolution"] // 32) * PIXELS)
     advice = "" if names["base"] else "# Replace THE/BASE by the base's repository or folder.\n"
     return SNIPPET.format(
         prior=base if is_lora else repository,
@@ -131,6 +132,7 @@ def snippet(repository, run, prompt, is_lora):
         if is_lora
         else "",
         decoder=names["decoder"] or Settings.pretrained_decoder_model_name_or_path,
-        prompt=prompt,
-        side=side,
+        prompt=prompt.text,
+        height=prompt.height or side,
+        width=prompt.width or side,
     )

@@ -23,6 +23,17 @@ from minwurst.step.samples import batches
 from minwurst.step.stage_a import PaellaVQModel
 from minwurst.step.stage_b import WuerstchenDiffNeXt
 
+PIXELS = 42.67  # of an image along a side, per latent
+
+
+def latent_shape(decoder, prompt, side):
+    """(h, w) of the latents of a prompt's image, as the decoder can decode it.
+
+    side: of the latents of an image whose prompt names no size.
+    """
+    sizes = [prompt.height, prompt.width] if prompt.height else [side * PIXELS] * 2
+    return tuple(decoder.latent_size(size / PIXELS) for size in sizes)
+
 
 def size_of(module):
     """Bytes of a module's parameters and buffers."""
@@ -82,7 +93,7 @@ class FullDecoder:
 
     @staticmethod
     def latent_size(wanted):
-        """The side of the latents nearest to `wanted` that it can decode, a multiple of three.
+        """The side of latents nearest to `wanted` that it can decode, a multiple of three.
 
         Stage B works at 10.67 times the latents' side and halves that four times.
         """
@@ -162,7 +173,7 @@ class PreviewDecoder:
     @staticmethod
     def latent_size(wanted):
         """Any size can be decoded."""
-        return wanted
+        return round(wanted)
 
     def on_device(self):
         return contextlib.nullcontext()

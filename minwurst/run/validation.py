@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from minwurst.base.console import gib, say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import is_main, rank, world_size
-from minwurst.edge.decoders import FullDecoder, PreviewDecoder
+from minwurst.edge.decoders import FullDecoder, PreviewDecoder, latent_shape
 from minwurst.edge.files import replacing
 from minwurst.edge.grids import BEFORE_AFTER, grid, stack
 from minwurst.step import diffusion, distributed, metrics, randomness
@@ -130,15 +130,20 @@ class GenerateImages:
     def __init__(self, run, source, training, log):
         """training: Samples, to fit the preview decoder to."""
         self.log, self.seed, self.folder = log, run.seed, run.folder / "validation"
-        self.prompts, self.conditions = list(source.prompts), source.prompts
-        size = run.settings.resolution // 32
+        self.prompts, self.conditions = run.settings.prompts(), source.prompts
         distributed.on_main(self.load_decoder, run, source, training)
-        self.size = distributed.on_main(lambda: self.decode.latent_size(size))
-        if self.size != size:
+        self.shapes = distributed.on_main(self.find_shapes, run.settings.resolution // 32)
+
+    def find_shapes(self, side):
+        """(h, w) of each prompt's latents."""
+        shapes = [latent_shape(self.decode, prompt, side) for prompt in self.prompts]
+        used = self.decode.latent_size(side)
+        if used != side:
             say(
-                f"--resolution trains on {size}×{size} latents, which can't be decoded: images are "
-                f"generated at {self.size}×{self.size}."
+                f"--resolution trains on {side}×{side} latents, which can't be decoded: images are "
+                f"generated at {used}×{used}."
             )
+        return shapes
 
     def load_decoder(self, run, source, training):
         if run.settings.validation_decoder == "preview":
@@ -152,36 +157,40 @@ class GenerateImages:
     def measure(self, model):
         """{number of a prompt: its latents}, for every world_size-th prompt."""
         mine = range(rank(), len(self.prompts), world_size())
-        return {n: self.latents(model, self.prompts[n]).cpu() for n in mine}
+        return {n: self.latents(model, n).cpu() for n in mine}
 
-    def latents(self, model, prompt):
+    def latents(self, model, number):
         """One prompt's latents, (1, 16, h, w)."""
-        shape = (model.prior.config.c_in, self.size, self.size)
-        key = randomness.image_key(prompt, 0)
-        return generate_latents(model, self.conditions[prompt], shape, seed=self.seed, key=key)
+        prompt, shape = self.prompts[number], (model.prior.config.c_in, *self.shapes[number])
+        condition, (seed, key) = self.conditions[prompt.text], self.seed_and_key(prompt)
+        return generate_latents(model, condition, shape, seed=seed, key=key)
+
+    def seed_and_key(self, prompt):
+        seed = self.seed if prompt.seed is None else prompt.seed
+        return seed, randomness.image_key(prompt.text, 0)
 
     def show(self, step, parts):
         """Decode, and write the grid of images with their prompts."""
         latents, images = {n: x for part in parts for n, x in part.items()}, []
         with self.decode.on_device():
             for n, prompt in enumerate(self.prompts):
-                key = randomness.image_key(prompt, 0)
-                generator = randomness.decoding_generator(self.seed, key)
-                images.append(self.decode(latents[n], prompt, generator))
+                generator = randomness.decoding_generator(*self.seed_and_key(prompt))
+                images.append(self.decode(latents[n], prompt.text, generator))
         title = f"step {step}" if step else "before training"
-        sheet = grid(images, self.prompts, title)
+        lines = [prompt.line for prompt in self.prompts]
+        sheet = grid(images, lines, title)
         self.log.image(step, "validation", sheet)
         file = self.folder / f"step-{step:06}.png"
         self.folder.mkdir(exist_ok=True)
         info = PngInfo()
-        info.add_itxt("prompts", json.dumps(self.prompts))
+        info.add_itxt("prompts", json.dumps(lines))
         sheet.save(file, pnginfo=info)
         both = self.folder / BEFORE_AFTER
         if not step:
             both.unlink(missing_ok=True)  # of an earlier run
         elif (self.folder / self.FIRST).is_file():
             with Image.open(self.folder / self.FIRST) as first:
-                same = first.text.get("prompts") == json.dumps(self.prompts)
+                same = first.text.get("prompts") == json.dumps(lines)
                 stack([first, sheet] if same else [sheet]).save(both)
         say(f"images: {file}")
 
