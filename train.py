@@ -60,6 +60,8 @@ def main(settings):
     # ----
     if settings.gradient_checkpointing:
         prior.enable_gradient_checkpointing()
+    if settings.compile:
+        prior.compile_blocks()
 
     # What updates it; in a resumed run, from where the checkpoint left off. The schedule needs no
     # state: it follows from the number of updates, which are the steps that were not skipped.

@@ -294,6 +294,13 @@ class Settings:
         may_change=True,
         in_card=True,
     )
+    compile: bool = speed(
+        False,
+        "Compile each block of the prior with torch.compile, which takes a minute for each shape "
+        "and then saves time on a GPU. Numbers differ from uncompiled ones by rounding.",
+        may_change=True,
+        in_card=True,
+    )
     allow_tf32: bool = speed(
         False, "Allow TF32 for fp32 matrix products on GPUs.", may_change=True, in_card=True
     )

@@ -88,8 +88,9 @@ class DoRALinear(LoRALinear):
 
     def gain(self):
         """m/‖V‖, in fp32 also under autocast. A row of zeros stays zero."""
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
-            norm = (self.base.weight.float() + super().change()).norm(dim=1)       # (out)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            changed = self.base.weight.float() + super().change().detach()         # (out, in)
+        norm = changed.norm(dim=1)                                                 # (out)
         return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def change(self):

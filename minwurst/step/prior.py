@@ -155,6 +155,19 @@ class WuerstchenPrior(ModelMixin, ConfigMixin):
         """Keep all that the backward pass needs: a third faster, ten times the memory."""
         self.gradient_checkpointing = False
 
+    def compile_blocks(self):
+        """Compile every block in place, each shape on its own. Parameters keep their names.
+
+        Not `dynamic`: with that, what is compiled would depend on the order in which shapes come,
+        and a resumed run would round differently. More shapes than the limit are an error; by
+        default, torch would silently continue uncompiled. Dropout uses torch's own generator.
+        """
+        torch._dynamo.config.recompile_limit = 128
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._inductor.config.fallback_random = True
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
     def example_inputs(self, batch=1, shape=(1, 1), tokens=1):
         """(x, t, condition) of zeros, as forward takes them. shape: (h, w) of the latents."""
         x = torch.zeros(batch, self.config.c_in, *shape, device=self.device)
