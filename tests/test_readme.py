@@ -48,9 +48,10 @@ def test_its_links_lead_somewhere(name):
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_the_memory_table_is_what_its_command_prints(capsys):
+def test_the_memory_table_is_what_its_command_prints(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minwurst.cost"])
     cost.main()
-    assert capsys.readouterr().out in TEXTS["README.md"]
+    assert capsys.readouterr().out in TEXTS["minwurst/README.md"]
 
 
 def test_the_table_of_sizes_is_what_its_command_prints(capsys):
@@ -80,7 +81,8 @@ def test_its_commands_parse(name):
             count += 1
             data = [] if program == "minwurst.sample" else ["--train_data_dir=x"]
             parse(kinds[program], [*data, *flags], demo={})
-    assert count >= {"README.md": 13, "tests/README.md": 2}.get(name, 0)
+    least = {"README.md": 8, "minwurst/README.md": 6, "tests/README.md": 2}.get(name, 0)
+    assert count >= least, count
 
 
 def test_its_example_of_use_runs(wuerstchen, tmp_path):
