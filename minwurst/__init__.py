@@ -8,3 +8,7 @@ import os
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+# On a CPU, threads that have nothing to do wait asleep. By default they spin, and where another
+# process wants their core, everything takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -101,8 +101,8 @@ class Settings:
     )
     train_data_dir: str = data(
         None,
-        "Folder of images with a metadata.jsonl of lines {\"file_name\": …, \"text\": …}. Ignored "
-        "if --dataset_name is given.",
+        "Folder of images with a metadata.jsonl of lines {\"file_name\": …, \"text\": …}, or with "
+        "a .txt file of captions beside each image. Ignored if --dataset_name is given.",
         may_change=True,
     )
     image_column: str = data(

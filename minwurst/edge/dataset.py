@@ -25,6 +25,7 @@ from minwurst.base.console import progress, say
 from minwurst.base.errors import UserError, command_with
 from minwurst.base.ranks import is_main, local_world_size, rank, world_size
 from minwurst.edge import files
+from minwurst.edge.folder import read_folder
 from minwurst.edge.good_rows import GoodRows
 from minwurst.edge.shapes import shapes_for
 from minwurst.step import distributed, randomness
@@ -105,7 +106,7 @@ def find(settings):
     """The split `train` as rows, with nothing decoded. A selected row keeps its number.
 
     --dataset_name is a name on the Hub, a folder (images, parquet, or written by `save_to_disk`) or
-    a .parquet file, and overrides --train_data_dir, a folder of images with a metadata.jsonl.
+    a .parquet file, and overrides --train_data_dir, a folder of images with captions (folder.py).
     """
     source = Path(settings.dataset_name or settings.train_data_dir)
     flag = f"--train_data_dir {settings.train_data_dir}"
@@ -122,7 +123,7 @@ def find(settings):
                 f"{', '.join(table.column_names)}."
             )
     if len(table) == 0:
-        raise UserError(f"{flag} is empty: its split `train` has no rows.")
+        raise UserError(f"{flag} is empty: it has no images, or its split `train` has no rows.")
     feature = table.features[settings.image_column]
     stored_as = getattr(feature, "dtype", None)
     if not isinstance(feature, datasets.Image) and stored_as not in ("string", "binary"):
@@ -145,11 +146,8 @@ def read_table(settings, source, flag):
     options = {"cache_dir": settings.cache_dir}
     try:
         if not settings.dataset_name:
-            # Without data_files the library takes an image called "test tube.webp" for a split.
-            inside = source / "train" if (source / "train").is_dir() else source
-            found = datasets.load_dataset(
-                "imagefolder", data_dir=str(inside), data_files={"train": "**"}, **options
-            )
+            columns = settings.image_column, settings.caption_column
+            found = read_folder(source, *columns, settings.cache_dir)
         elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(str(source))
         elif source.is_file():
@@ -157,6 +155,8 @@ def read_table(settings, source, flag):
         else:
             name, configuration = settings.dataset_name, settings.dataset_config_name
             found = datasets.load_dataset(name, configuration, **options)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
     except Exception as error:  # of many types; the library's message says what is wrong
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"{flag} can't be read, or is empty: {reason}") from None

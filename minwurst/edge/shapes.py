@@ -13,8 +13,15 @@ def shapes_for(sizes, settings, least):
     sizes: (width, height) of the images to train on. least: images that a shape needs.
     """
     side, most = settings.resolution // STRIDE, settings.aspect_buckets
+    lost = cropped(sizes, [(side, side)])[:, 0]
     if most is None:
+        if many := int((lost > 0.2).sum()):
+            say(
+                f"{many} of {len(lost)} images lose more than a fifth to the square crop: see "
+                "data.png in the output folder, and --aspect_buckets"
+            )
         return [(side, side)]
+    square = lost.mean()
     shapes = choose_shapes(sizes, side, most, least)
     if len(shapes) < most:
         say(
@@ -29,6 +36,6 @@ def shapes_for(sizes, settings, least):
                 f"  {width * STRIDE}×{height * STRIDE} pixels: {len(of_shape)} images, "
                 f"{of_shape.mean():.1%} cropped on average, {of_shape.max():.1%} at most"
             )
-    square, mean = cropped(sizes, [(side, side)]).mean(), lost.min(axis=1).mean()
+    mean = lost.min(axis=1).mean()
     say(f"  all: {mean:.1%} cropped on average; without buckets {square:.1%}")
     return shapes

@@ -104,10 +104,9 @@ def announce(run, prior, source):
     settings, layout, steps = run.settings, run.layout, run.steps
     total = sum(weight.numel() for weight in prior.parameters())
     trained = sum(weight.numel() for weight in prior.parameters() if weight.requires_grad)
-    epochs = run.last_step * layout.global_batch / run.rows
     say(
         f"{run.rows} rows, {layout.global_batch} images per step, steps {run.step + 1} to "
-        f"{run.last_step} ({epochs:.1f} epochs in total)"
+        f"{run.last_step} ({run.epochs:.1f} epochs in total)"
     )
     common = {
         "compute_type": source.compute_type,

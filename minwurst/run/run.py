@@ -23,7 +23,7 @@ from minwurst.base.ranks import rank, world_size
 from minwurst.base.settings import LoRASettings, defaults_of, facts_of, public
 from minwurst.edge import files, models, push, run_file
 from minwurst.edge.grids import BEFORE_AFTER
-from minwurst.run import checkpoint, estimate, trackers
+from minwurst.run import advice, checkpoint, estimate, trackers
 from minwurst.run.saver import Saver
 from minwurst.step import randomness
 from minwurst.step.distributed import on_main
@@ -46,8 +46,8 @@ MEANING = {
 class Run:
     """Attributes: settings, rank, device, folder, seed, checkpoint (the folder to resume from, or
     None), step (its step, or 0), layout (how a step's batch is divided), and after `identify` also
-    parts, shapes (of the latents), identity, rows (how many are trained on), last_step, steps
-    (those still to run) and id.
+    parts, shapes (of the latents), identity, rows (how many are trained on), last_step, epochs,
+    steps (those still to run) and id.
     """
 
     def __init__(self, settings, device, folder, resumed, progress):
@@ -124,6 +124,7 @@ class Run:
         if self.last_step is None:
             epochs = self.settings.num_train_epochs
             self.last_step = math.ceil(epochs * self.rows / self.layout.global_batch)
+        self.epochs = self.last_step * self.layout.global_batch / self.rows
         self.skipped = set(self.settings.skip_steps or ())
         to_come = range(self.step + 1, self.last_step + 1)
         self.steps = [step for step in to_come if step not in self.skipped]
@@ -143,6 +144,7 @@ class Run:
     def announce(self, prior, source):
         """Report what the run needs, refuse a disk that is too small, and write run.json."""
         estimate.announce(self, prior, source)
+        advice.advise(self)
         on_main(run_file.write, self)
 
     def is_due(self, step, every):

@@ -21,8 +21,11 @@ from minwurst.base.ranks import is_main, rank, world_size
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder, latent_shape
 from minwurst.edge.files import replacing
 from minwurst.edge.grids import BEFORE_AFTER, grid, stack
+from minwurst.run.sheet import write_sheet
 from minwurst.step import diffusion, distributed, metrics, randomness
 from minwurst.step.samples import batches
+
+SHEET = "data.png"  # in a run's folder
 
 
 class EvaluationModel:
@@ -61,10 +64,10 @@ class Validation:
 
     def __init__(self, run, data, source, model, log):
         self.run, self.model, self.log, self.validators = run, model, log, []
+        self.source, self.training = source, source.samples(data, run)
         self.record = run.folder / "validation" / "last_step"
         if source.prompts:
-            training = source.samples(data, run)
-            self.validators.append(GenerateImages(run, source, training, log))
+            self.validators.append(GenerateImages(run, source, self.training, log))
         if len(data.held_out):
             self.validators.append(HeldOutLoss(run, source, source.held_out(data, run), log))
 
@@ -78,9 +81,22 @@ class Validation:
             attempt(self.write_record, step)
 
     def catch_up(self):
-        """Before the first step: validate the step the run starts from, if that is not done."""
+        """Before the first step: show the data, and validate the step the run starts from.
+
+        Neither is repeated if it was done.
+        """
+        file = self.run.folder / SHEET
+        if is_main() and not (self.run.checkpoint and file.is_file()):
+            with self.log.paused():
+                error = attempt(self.show_data, file)[1]
+            say(f"{file} was not written: {error}" if error else f"data: {file}")
         if distributed.on_main(self.last_step) != self.run.step:
             self(self.run.step)
+
+    def show_data(self, file):
+        decoders = [v.decode for v in self.validators if isinstance(v, GenerateImages)]
+        decode = decoders[0] if decoders else None
+        self.log.image(self.run.step, "data", write_sheet(self.training, self.source, decode, file))
 
     def validate(self, validator, step):
         """Returns whether it succeeded; False is reported. Only the exchange waits for others."""

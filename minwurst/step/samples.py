@@ -51,9 +51,11 @@ def captions_of(row):
     captions = [row["text"]] if isinstance(row["text"], str) else row["text"]
     good = isinstance(captions, list) and captions
     if not good or not all(isinstance(text, str) and text.strip() for text in captions):
+        path = (row.get("image") or {}).get("path")
+        where = f" ({path})" if path else ""
         raise UserError(
-            f"Row {row['number']}: bad caption {row['text']!r}. It must be a string or a list of "
-            "strings, none of them empty."
+            f"Row {row['number']}{where}: bad caption {row['text']!r}. It must be a string or a "
+            "list of strings, none of them empty."
         )
     return captions
 
@@ -99,9 +101,13 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, row, position):
         """The image at a position as the image encoder takes it, (3, 32·h, 32·w)."""
         (height, width), _ = self.buckets.at(position)
-        where = randomness.crop(self.seed, position) if self.crop else (0.5, 0.5)
-        pixels = preprocess(open_image(row), height * STRIDE, width * STRIDE, where)
+        image, where = open_image(row), self.where(position)
+        pixels = preprocess(image, height * STRIDE, width * STRIDE, where)
         return pixels.flip(-1) if self.is_flipped(position) else pixels
+
+    def where(self, position):
+        """Where the image is cropped: two numbers from 0 (left, top) to 1."""
+        return randomness.crop(self.seed, position) if self.crop else (0.5, 0.5)
 
     def is_flipped(self, position):
         return self.flip and randomness.flip(self.seed, position)
