@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from minwurst.base.settings import Settings, parse
-from tests import benchmark, tiny
+from tests import benchmark, benchmark_gpu, benchmark_step, timing, tiny
 from tests.conftest import ROOT, flags
 
 pytestmark = pytest.mark.slow
@@ -15,16 +15,16 @@ SMALL = {"c_in": 16, "c": 64, "c_cond": 1280, "c_r": 16, "depth": 2, "nhead": 4,
 
 @pytest.fixture
 def pair():
-    return benchmark.make_pair(SMALL)
+    return benchmark_step.make_pair(SMALL)
 
 
 def test_both_sides_are_shown_to_compute_the_same(pair):
-    batch = benchmark.make_batch(2, 6, torch.float32)
-    benchmark.assert_same(*pair, *batch, {torch.float32: 1e-4, torch.bfloat16: 5e-2})
+    batch = benchmark_step.make_batch(2, 6, torch.float32)
+    benchmark_step.assert_same(*pair, *batch, {torch.float32: 1e-4, torch.bfloat16: 5e-2})
     with torch.no_grad():
         pair[0].blocks[2].attention.to_v.weight.mul_(1.01)
     with pytest.raises(AssertionError, match="the output in fp32 differs"):
-        benchmark.assert_same(*pair, *batch, {torch.float32: 1e-4})
+        benchmark_step.assert_same(*pair, *batch, {torch.float32: 1e-4})
 
 
 def test_its_preprocessing_is_torchvisions(torchvision_numbers):
@@ -33,40 +33,48 @@ def test_its_preprocessing_is_torchvisions(torchvision_numbers):
             picture = Image.fromarray(pixels.numpy())
             expected = torchvision_numbers[name.replace("picture", "result")]
             found = benchmark.reference_pixels(picture, 64)
-            assert benchmark.relative(found, expected) < 1e-6, name
+            assert benchmark_step.relative(found, expected) < 1e-6, name
 
 
 def test_ratios_are_of_the_same_round(capsys):
-    benchmark.row("what", [2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
+    timing.row("what", [2.0, 9.0, 4.0], [1.0, 3.0, 1.0])
     assert capsys.readouterr().out == "| what | 4 s | 1 s | 3.00 | 2.00 – 4.00 |\n"
 
 
 def test_each_side_is_called_once_a_round_and_once_before():
     calls = []
     sides = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    seconds = benchmark.take_turns(sides, 2)
+    seconds = timing.take_turns(sides, 2)
     assert calls == ["b", "a", "a", "b", "b", "a"]
     assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
-def test_the_gpus_part_takes_steps(pair, kind, monkeypatch):
-    """On the CPU with a small prior: every variant updates the weights of its own side only."""
-    if kind == "full":
-        trained = [list(prior.parameters()) for prior in pair]
-    else:
-        trained = [benchmark.adapters(prior, side == 0) for side, prior in enumerate(pair)]
-    for prior in pair:
-        prior.train().enable_gradient_checkpointing()
-    monkeypatch.setattr(benchmark, "SIZE", 3)
-    for name, function in benchmark.gpu_sides(pair, trained, 2).items():
-        before = [[weight.detach().clone() for weight in weights] for weights in trained]
-        function()
-        moved = [
-            not all(torch.equal(old, new) for old, new in zip(one, two, strict=True))
-            for one, two in zip(before, trained, strict=True)
-        ]
-        assert moved == [name != "theirs", name == "theirs"], name
+def test_the_gpus_steps_train_their_own_side(kind):
+    """On the CPU with a small prior: every variant of a step changes the trained weights."""
+    batch = benchmark_step.make_batch(2, 3, torch.bfloat16)
+    sides = [(benchmark_step.Reference, benchmark_gpu.their_step, {})]
+    variants = [{}, *benchmark_gpu.VARIANTS.values()]
+    sides += [(benchmark_step.WuerstchenPrior, benchmark_gpu.our_step, more) for more in variants]
+    for prior_class, make, options in sides:
+        prior = benchmark_gpu.make_prior(prior_class, SMALL)
+        trained = benchmark_gpu.trained_of(prior, kind, make is benchmark_gpu.our_step)
+        before = [weight.detach().clone() for weight in trained]
+        make(prior, trained, *batch, **options)()
+        assert not all(map(torch.equal, before, trained)), options
+
+
+def test_the_gpus_part_is_rehearsed(capsys):
+    benchmark_gpu.gpu(1, rehearse=True)
+    printed = capsys.readouterr().out
+    assert "one rank under DDP | | gradients 0.0e+00 apart from those without" in printed
+    assert "lora.py, fp16, stopped and resumed | | bit for bit the same: True" in printed
+    assert "| fp16 compared with fp32 |" in printed
+    for kind in ("full", "LoRA"):
+        for more in ("", ", gradient checkpointing"):
+            assert f"| {kind}, batch 2{more} |" in printed
+    assert printed.count("| … peak memory; estimated") == 4
+    assert all(f": {name} (first)" in printed for name in benchmark_gpu.VARIANTS)
 
 
 def test_the_references_run_ends_in_a_result(wuerstchen, tmp_path):
@@ -81,7 +89,7 @@ def test_the_references_run_ends_in_a_result(wuerstchen, tmp_path):
 
 
 def test_the_readme_has_the_counted_memory(capsys):
-    benchmark.memory()
+    benchmark_step.memory()
     printed = capsys.readouterr().out
     assert printed in (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
     shares = [float(line.split("|")[4].split()[0]) for line in printed.splitlines()]

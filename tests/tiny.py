@@ -8,11 +8,13 @@ parameters, untrained. It generates no recognisable images, but its latents are 
 published image encoder's, so the loss shows whether the prior learns from images and captions.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import diffusers
 import torch
+from PIL import Image
 
 from minwurst.base.settings import Settings
 from minwurst.edge import dataset, models
@@ -55,6 +57,21 @@ def data(rows, side=64):
     )
 
 
+def make_pictures(folder, count, side=1024):
+    """Captioned JPEG images: the test images, enlarged."""
+    if not (folder / "metadata.jsonl").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        chosen = rows().select(range(count))
+        lines = []
+        for number, found in enumerate(chosen):
+            large = open_image(found).resize((side, side), Image.Resampling.LANCZOS)
+            large.save(folder / f"{number:03}.jpg", quality=92)
+            lines.append({"file_name": f"{number:03}.jpg", "text": found["text"]})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
 def parts(folder):
     """The parts of a folder written by `make`."""
     folder = Path(folder)
@@ -71,13 +88,13 @@ def make_prior(**config):
     return prior
 
 
-def make_image_encoder(rows):
-    """A small encoder whose batch norms are calibrated on the images.
+def make_image_encoder(rows, encoder=None):
+    """A small encoder, or the given one, whose batch norms are calibrated on the images.
 
     Its scaled latents have unit variance, like the published encoder's. With a smaller variance,
     noise would dominate and a model could not learn anything about the images.
     """
-    encoder = EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
+    encoder = encoder or EfficientNetEncoder(c_latent=16, c_cond=64, stages=STAGES)
     for module in encoder.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain mean over all batches
