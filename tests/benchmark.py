@@ -45,6 +45,7 @@ from minwurst.step.stage_a import PaellaVQModel
 from minwurst.step.stage_b import WuerstchenDiffNeXt
 from tests import tiny
 from tests.benchmark_gpu import gpu
+from tests.benchmark_script import script
 from tests.benchmark_step import (
     PIECE,
     SIZE,
@@ -348,7 +349,7 @@ def roofline_of_reference(rounds=0):
 
 PARTS = {
     "step": step, "memory": memory, "encode": encode, "data": read_data, "save": save, "run": run,
-    "decode": decode, "roofline": roofline_of_reference, "gpu": gpu,
+    "script": script, "decode": decode, "roofline": roofline_of_reference, "gpu": gpu,
 }  # fmt: skip
 
 
@@ -359,6 +360,11 @@ def main(words):
     parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all of them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
+        "--reference_script", metavar="PATH", type=Path,
+        help="for `script`: the reference implementation's train_text_to_image_prior.py or "
+        "train_text_to_image_lora_prior.py, beside its other files",
+    )  # fmt: skip
+    parser.add_argument(
         "--rehearse", action="store_true", help="for `gpu`: tiny sizes, on a CPU too"
     )
     given = parser.parse_args(words)
@@ -367,7 +373,9 @@ def main(words):
     print("| measured | reference | here | ratio | lowest – highest |")
     print("|---|---|---|---|---|")
     for name in given.parts or PARTS:
-        if name == "gpu":
+        if name == "script":
+            script(min(given.rounds, 3), given.reference_script)
+        elif name == "gpu":
             gpu(given.rounds, given.rehearse)
         else:
             # Complete runs are long enough that three rounds suffice.

@@ -1,12 +1,14 @@
 """Both sides of the benchmark compute the same, and every part runs, including the GPU part."""
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
 
 from minwurst.base.settings import Settings, parse
-from tests import benchmark, benchmark_gpu, benchmark_step, timing, tiny
-from tests.conftest import ROOT, flags
+from tests import benchmark, benchmark_gpu, benchmark_script, benchmark_step, timing, tiny
+from tests.conftest import ROOT, command, flags
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +77,38 @@ def test_the_gpus_part_is_rehearsed(capsys):
             assert f"| {kind}, batch 2{more} |" in printed
     assert printed.count("| … peak memory; estimated") == 4
     assert all(f": {name} (first)" in printed for name in benchmark_gpu.VARIANTS)
+
+
+def test_what_the_references_script_needs_is_named(tmp_path, capsys, monkeypatch):
+    benchmark_script.script(3)
+    file = tmp_path / "train_text_to_image_lora_prior.py"
+    file.touch()
+    monkeypatch.setattr(benchmark_script.importlib.util, "find_spec", lambda name: None)
+    benchmark_script.script(3, file)
+    lines = capsys.readouterr().out.splitlines()
+    assert "script needs --reference_script=PATH" in lines[0]
+    assert "pip install accelerate tensorboard peft" in lines[1]
+
+
+def test_a_script_gets_what_it_needs_to_start(wuerstchen, tmp_path):
+    """One of ours with the reference's imports, because the reference's is not shipped."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from diffusers import AutoPipelineForText2Image\n"
+        "from diffusers.pipelines.wuerstchen import DEFAULT_STAGE_C_TIMESTEPS, WuerstchenPrior\n"
+        "from huggingface_hub import hf_hub_download\n"
+        "from torchvision.models import efficientnet_v2_s\n"
+        "import torch\n"
+        "efficientnet_v2_s(weights='DEFAULT')\n"
+        "file = hf_hub_download('dome272/wuerstchen', filename='model_v2_stage_b.pt')\n"
+        "print(sorted(torch.load(file)), sys.argv[1:], torch.randn_like(torch.ones(2, 3)).shape)\n"
+    )
+    _, printed = command(
+        sys.executable, "-m", "tests.reference_script", script, "--seed=3", "--same_noise=3",
+        f"--image_encoder={wuerstchen / 'image_encoder'}",
+    )  # fmt: skip
+    assert "['effnet_state_dict'] ['--seed=3'] torch.Size([2, 3])" in printed
 
 
 def test_the_references_run_ends_in_a_result(wuerstchen, tmp_path):

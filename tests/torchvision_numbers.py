@@ -13,12 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-# On import, torchvision needs the schemas of operators that only its CUDA build registers.
-library = torch.library.Library("torchvision", "FRAGMENT")
-for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a) -> Tensor"):
-    if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
-        library.define(schema)
+from tests import torchvision_schemas
 
+torchvision_schemas.define()
 import torchvision  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
