@@ -32,7 +32,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
         packet, bytes_moved = function._overloadpacket, 0
-        if not function.is_view:
+        # Views, allocations and questions (prim: which device?) move nothing.
+        silent = function.is_view or function.namespace == "prim" or "empty" in packet.__name__
+        if not silent:
             tensors = torch.utils._pytree.tree_leaves([arguments, options or {}, result])
             tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
             bytes_moved = sum(tensor.nbytes for tensor in tensors)
