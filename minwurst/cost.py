@@ -12,6 +12,7 @@ import functools
 import torch
 
 from minwurst.base.console import gib
+from minwurst.base.errors import one_line
 from minwurst.edge.decoders import size_of
 from minwurst.run import roofline
 from minwurst.run.estimate import activations, memory
@@ -39,10 +40,11 @@ def main():
         + ", ".join(roofline.CARDS) + " (default H100)",
     )  # fmt: skip
     given = parser.parse_args()
-    if given.roofline:
-        print("\n".join(roofline.table(given.roofline)))
-    else:
-        memory_table()
+    with one_line("minwurst.cost"):
+        if given.roofline:
+            print("\n".join(roofline.table(given.roofline)))
+        else:
+            memory_table()
 
 
 def memory_table():

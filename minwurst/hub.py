@@ -4,10 +4,9 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from minwurst.base.errors import UserError
+from minwurst.base.errors import one_line
 from minwurst.edge import push, run_file
 
 
@@ -18,11 +17,9 @@ def main():
     parser.add_argument("--private", action="store_true", help="create the repository as private")
     given = parser.parse_args()
     folder = Path(given.folder)
-    try:
+    with one_line("minwurst.hub"):
         push.results(folder, run_file.read(folder))
         push.push(folder, push.make_repository(given.repository, given.private))
-    except UserError as error:
-        sys.exit(f"minwurst.hub: {error}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minwurst.base.errors import UserError
+from minwurst.base.errors import UserError, one_line
 from minwurst.edge import lora_file, models
-from minwurst.edge.files import replacing
+from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.step import adapter
 
 
@@ -42,11 +41,14 @@ def merge(file, source, output, scale):
     folder = models.locate("pretrained_prior_model_name_or_path", source)
     prior = lora_file.load(models.load_prior(folder), file)
     adapter.set_scale(prior, scale)
+    adapter.merge(prior)
+    if name := not_finite(dict(prior.named_parameters())):
+        raise UserError(f"--scale {scale} makes {name} infinite or NaN. Nothing was written.")
     try:
         with replacing(output) as draft:
-            adapter.merge(prior).save_pretrained(draft)
+            prior.save_pretrained(draft)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{output} was not written: {error}") from None
+        raise UserError(f"{output} was not written: {reason(error)}") from None
     print(f"{output}: the prior of {source} with {scale} × {file}")
 
 
@@ -61,13 +63,11 @@ def main():
     merged.add_argument("output", help="folder to write")
     merged.add_argument("--scale", type=float, default=1.0, help="strength of the LoRA (default 1)")
     given = parser.parse_args()
-    try:
+    with one_line("minwurst.lora"):
         if given.verb == "show":
             show(given.file)
         else:
             merge(given.file, given.prior, given.output, given.scale)
-    except UserError as error:
-        sys.exit(f"minwurst.lora: {error}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from minwurst.base.errors import one_line
 from minwurst.edge.curves import curves
 from minwurst.step.diffusion import Objective
 
@@ -38,7 +39,8 @@ def main():
     parser.add_argument("file", type=Path, help="the .svg file to write")
     file = parser.parse_args().file
     panels = [("weight of an error (γ = 5)", weights()), ("density of t", densities())]
-    file.write_text(curves(panels, "t"), encoding="utf-8")
+    with one_line("minwurst.objectives"):
+        file.write_text(curves(panels, "t"), encoding="utf-8")
     print(file)
 
 

@@ -9,7 +9,6 @@ seed, the first image of a prompt is the one that validation generates.
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from minwurst import miniature
 from minwurst.base import prompts
 from minwurst.base.console import progress, say
-from minwurst.base.errors import UserError
-from minwurst.base.settings import DEMO_HELP, Settings, check_limits, parse, section
+from minwurst.base.errors import UserError, one_line
+from minwurst.base.settings import DEMO_HELP, LARGEST_SIDE, Settings, check_limits, parse, section
 from minwurst.edge import files, lora_file, models, run_file
 from minwurst.edge.decoders import PIXELS, FullDecoder, latent_shape
 from minwurst.edge.grids import grid
@@ -69,7 +68,8 @@ class SampleSettings:
     cache_dir: str = model(None, "Folder for downloaded models.")
 
     resolution: int = how(
-        None, "As in training: 768 gives 1024 pixels. Default: the run's, else 768.", at_least=32
+        None, "As in training: 768 gives 1024 pixels. Default: the run's, else 768.", at_least=32,
+        at_most=LARGEST_SIDE,
     )
     width: int = how(
         None, "Width of the images in pixels, instead of --resolution; --height goes with it."
@@ -96,9 +96,10 @@ class SampleSettings:
         self.prompts()
         if not self.lora and self.lora_scale != SampleSettings.lora_scale:
             raise UserError("--lora_scale needs a --lora.")
-        if not self.output.endswith(".png"):
+        if Path(self.output).suffix != ".png":
             raise UserError(f"--output {self.output}: the name must end in .png.")
-
+        if Path(self.output).is_dir():
+            raise UserError(f"--output {self.output}: this is a folder.")
 
     def prompts(self):
         """The prompts as `Prompt`s, completed with --seed, --width and --height."""
@@ -116,7 +117,9 @@ def settings_of_run(path):
     if not path:
         return {}
     folder = Path(path).parent if Path(path).is_file() else Path(path)
-    return run_file.read(folder)["settings"] if (folder / run_file.FILE).is_file() else {}
+    if not (folder / run_file.FILE).is_file():
+        return {}
+    return run_file.read(folder)["settings"]
 
 
 def main(settings):
@@ -142,7 +145,9 @@ def main(settings):
     lora = settings.lora and models.locate_lora(settings.lora, settings.cache_dir)
     if lora:
         lora_file.read(lora)
-    trained = setting("resolution", "resolution") // 32
+    settings.resolution = setting("resolution", "resolution")
+    check_limits(settings)  # of a run, too
+    trained = settings.resolution // 32
     for prompt in settings.prompts():
         height, width = latent_shape(FullDecoder, prompt, trained)
         asked = (prompt.height, prompt.width) if prompt.height else (trained * PIXELS,) * 2
@@ -179,6 +184,11 @@ def main(settings):
                 generator, encoders.prompts[prompt.text], shape, seed=prompt.seed,
                 key=randomness.image_key(prompt.text, number), guidance=settings.guidance_scale,
             ))  # fmt: skip
+            if not latents[-1].isfinite().all():
+                raise UserError(
+                    f"The image of “{prompt.text[:40]}” has numbers that are not finite. Lower "
+                    "--guidance_scale or --lora_scale, or use --mixed_precision=no."
+                )
     del prior, generator  # to make room for the decoder
 
     # ---- Images.
@@ -188,7 +198,10 @@ def main(settings):
         for (_, prompt, number), x in zip(wanted, latents, strict=True):
             key = randomness.image_key(prompt.text, number)
             images.append(decode(x, prompt.text, randomness.decoding_generator(prompt.seed, key)))
-    write(images, wanted, settings)
+    try:
+        write(images, wanted, settings)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {settings.output}: {files.reason(error)}") from None
 
 
 def write(images, wanted, settings):
@@ -212,7 +225,5 @@ def write(images, wanted, settings):
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("minwurst.sample"):
         main(parse(SampleSettings, demo=miniature.SAMPLE))
-    except UserError as error:
-        sys.exit(f"minwurst.sample: {error}")

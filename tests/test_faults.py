@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 
 from minwurst.base.errors import UserError
-from minwurst.edge import dataset, lora_file, models
+from minwurst.edge import dataset, files, lora_file, models
 from minwurst.edge.good_rows import GoodRows
-from minwurst.run import run
 from minwurst.step import randomness
 from minwurst.step.images import open_image
 from minwurst.step.samples import Samples
@@ -116,8 +115,8 @@ def test_a_disk_that_knows_no_locks_is_no_reason_to_stop(tmp_path, monkeypatch, 
     def unknown(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run.fcntl, "lockf", unknown)
-    run.lock(tmp_path)
+    monkeypatch.setattr(files.fcntl, "lockf", unknown)
+    files.lock(tmp_path)
     assert "can't be locked ([Errno 37] No locks available)" in capsys.readouterr().out
 
 

@@ -140,7 +140,7 @@ def test_flow_and_noise_are_not_mixed(wuerstchen, flow_run, tmp_path):
     ("content", "message"),
     [
         (None, "--from_scratch .*: no .json file, and no folder with a config.json"),
-        ("[]", "sizes.json can't be loaded: sizes.json is not a JSON object"),
+        ("[]", "sizes.json can't be loaded: sizes.json: it is not a JSON object"),
         ('{"c": 30, "nhead": 4, "c_cond": 32}', "30 channels can't be divided among 4 heads"),
         ('{"c_cond": 7}', "The text encoder has width 32, but the prior expects 7"),
         ('{"prediction_type": "x0", "c_cond": 32}', "sizes.json predicts x0, and step/diffusion"),

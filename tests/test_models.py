@@ -169,12 +169,12 @@ def edit(file, change):
 
 CONFIGS = {
     "no JSON": ("{", "Expecting property name"),
-    "a list": ("[1]", "config.json is not a JSON object"),
+    "a list": ("[1]", "config.json: it is not a JSON object"),
     "absurdly wide": ({"c": 10**12}, "c is 1000000000000, which is not possible"),
     "absurdly deep": ({"depth": 10**9}, "depth is 1000000000, which is not possible"),
     "negative": ({"c": -3}, "c is -3, which is not possible"),
     "impossible heads": ({"nhead": 5}, "64 channels can't be divided among 5 heads"),
-    "text for a number": ({"depth": "two"}, "'str' object"),
+    "text for a number": ({"depth": "two"}, "depth is 'two', which is not possible"),
     "another model": ({"_class_name": "UNet2DModel"}, "it is a UNet2DModel, not a WuerstchenPrior"),
     "fewer blocks": ({"depth": 1}, "unexpected keys: blocks.3."),
 }

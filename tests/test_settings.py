@@ -64,8 +64,8 @@ def test_help_has_every_setting(capsys):
     [
         ("--resolution=700", "--resolution is 700; it must be a multiple of 32.*try 704"),
         ("--resolution=0", "--resolution is 0.*try 32"),
-        ("--train_batch_size=0", "--train_batch_size is 0; it must be at least 1"),
-        ("--max_train_steps=-1", "--max_train_steps is -1; it must be at least 1"),
+        ("--train_batch_size=0", "--train_batch_size is 0; it must be between 1 and"),
+        ("--max_train_steps=-1", "--max_train_steps is -1; it must be between 1 and"),
         ("--checkpoints_total_limit=0", "--checkpoints_total_limit is 0"),
         ("--seed=-5", "--seed is -5; it must be at least 0"),
         ("--learning_rate=nan", "--learning_rate is nan"),

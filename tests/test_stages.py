@@ -206,7 +206,7 @@ MISTAKES = {
     ),
     "a strange index": (
         lambda f: (f / "model_index.json").write_text('{"latent_dim_scale": "big"}'),
-        r"model_index.json can't be read, or its latent_dim_scale is no number",
+        r"model_index.json can't be read, or its latent_dim_scale is impossible",
     ),
     "an unknown block": (
         lambda f: edit(f / "decoder/config.json", level_config=["CT", "CTA", "CTA", "CTX"]),

@@ -41,8 +41,16 @@ class Outlived:
 
 
 def outlive():
-    """Let the program continue when nobody can read what it prints any more."""
-    sys.stdout, sys.stderr = Outlived(sys.stdout), Outlived(sys.stderr)
+    """Let the program continue when nobody can read what it prints, from the start or any more."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; the next file to be opened would receive what is printed
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        if not isinstance(stream, Outlived):
+            setattr(sys, name, Outlived(stream))
 
 
 def say(text):

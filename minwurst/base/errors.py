@@ -1,5 +1,6 @@
 """UserError: a mistake the user can fix, reported in one line instead of a traceback."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -28,13 +29,45 @@ def command_with(*words):
     return f"{launcher} {shlex.join([*sys.argv, *completing, *words])}"
 
 
+@contextlib.contextmanager
+def one_line(program):
+    """Use as a context manager around a program of one process: exit code 1 and one line for a
+    UserError, or for what the operating system says about a file.
+    """
+    try:
+        yield
+        if sys.stdout:
+            sys.stdout.flush()  # an error of it belongs here, too
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except UserError as error:
+        sys.exit(f"{program}: {error}")
+    except OSError as error:
+        if not error.errno:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{program}: {where}{error.strerror}.")
+
+
 def exit_with(error):
     """End the process: exit code 2 and one line for a UserError, 1 and a traceback for a bug.
 
-    An error that all ranks share is printed once per machine.
+    An error that all ranks share is printed once per machine. What the operating system says about
+    a file is no bug.
     """
     for function in leaving:
         function()
+    no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if no_memory or "can't allocate memory" in str(error):
+        found = (str(error).splitlines() or ["the system has none left"])[0]
+        error = UserError(
+            f"Out of memory ({found}). Lower --train_batch_size or --resolution, or add "
+            "--gradient_checkpointing.",
+            one_rank=True,
+        )
+    if isinstance(error, OSError) and error.filename:
+        error = UserError(f"{error.filename}: {error.strerror}.", one_rank=True)
     code = 2 if isinstance(error, UserError) else 1
     if code == 1:
         traceback.print_exception(error)

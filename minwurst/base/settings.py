@@ -20,6 +20,7 @@ import os
 import sys
 
 from minwurst.base import prompts
+from minwurst.base.console import outlive
 from minwurst.base.errors import UserError, exit_with
 
 
@@ -49,6 +50,7 @@ adapter = section("LoRA")
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
 )  # fmt: skip
+MOST_STEPS, LARGEST_SIDE = 100_000_000, 8_192  # beyond any use, and before anything overflows
 DEMO_HELP = (
     "Use the small trained Würstchen, the images and the settings that come with this project. "
     "Flags on the command line override the demo's settings."
@@ -181,10 +183,12 @@ class Settings:
     )
 
     train_batch_size: int = length(
-        1, "Images per device and micro-step.", at_least=1, may_change=True, in_card="always"
+        1, "Images per device and micro-step.", at_least=1, at_most=1_000_000, may_change=True,
+        in_card="always",
     )
     gradient_accumulation_steps: int = length(
-        1, "Micro-steps per optimizer step.", at_least=1, may_change=True, in_card=True
+        1, "Micro-steps per optimizer step.", at_least=1, at_most=1_000_000, may_change=True,
+        in_card=True,
     )
     num_train_epochs: int = length(
         100, "Passes over the data. Overridden by --max_train_steps.", at_least=1, may_change=True
@@ -193,6 +197,7 @@ class Settings:
         None,
         "Total number of optimizer steps. Raise it to continue a finished run.",
         at_least=1,
+        at_most=MOST_STEPS,
         may_change=True,
     )
 
@@ -419,8 +424,8 @@ class Settings:
             raise UserError("--output_dir is empty.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= 1e-7:
             raise UserError("--learning_rate must be above 1e-7, where polynomial schedules end.")
-        if self.resolution < 32 or self.resolution % 32:
-            near = max(1, round(self.resolution / 32)) * 32
+        if not 32 <= self.resolution <= LARGEST_SIDE or self.resolution % 32:
+            near = min(max(32, (self.resolution + 16) // 32 * 32), LARGEST_SIDE)
             raise UserError(
                 f"--resolution is {self.resolution}; it must be a multiple of 32, the stride of "
                 f"the image encoder: try {near}."
@@ -431,6 +436,8 @@ class Settings:
             raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
         if self.report_to == "wandb" and not importlib.util.find_spec("wandb"):
             raise UserError("--report_to wandb needs a package: pip install wandb.")
+        if self.image_column == self.caption_column:
+            raise UserError(f"--image_column and --caption_column are both {self.image_column}.")
         if not self.dataset_name and not self.train_data_dir:
             raise UserError(
                 "No data: give --dataset_name (Hub name, folder or .parquet file) or "
@@ -582,6 +589,7 @@ def parse(kind, words=None, demo: dict | None = None):
 
 def from_command_line(kind, demo=None):
     """`parse` for a program: a UserError is printed as one line and ends the process."""
+    outlive()
     try:
         return parse(kind, demo=demo)
     except UserError as error:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -159,6 +160,11 @@ def read_table(settings, source, flag):
         raise UserError(f"{flag}: {error}") from None
     except Exception as error:  # of many types; the library's message says what is wrong
         reason = " ".join(str(error.__cause__ or error).split())[:300]
+        listed = source / "metadata.jsonl"
+        if not settings.dataset_name and listed.is_file() and not listed.stat().st_size:
+            reason = "its metadata.jsonl is empty"
+        elif source.is_dir() and re.search(r"\[.*\]|\*\*|::", str(source.resolve())):
+            reason += " Rename it: `datasets` can't read a path with [ ], ** or :: in it."
         raise UserError(f"{flag} can't be read, or is empty: {reason}") from None
     if isinstance(found, dict):
         if "train" not in found:
@@ -180,6 +186,8 @@ def refuse_outside(rows, folders):
     for number, (path, size) in enumerate(zip(paths.to_pylist(), sizes.to_pylist(), strict=True)):
         if not path or size:
             continue
+        if "\0" in path:
+            raise UserError(f"Row {number}: the name of its image, {path!r}, can't be a file's.")
         folder, name = os.path.split(os.path.abspath(path))
         if folder not in real_folders:
             real_folders[folder] = os.path.realpath(folder)

@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import json
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from PIL import Image
 from minwurst.base.console import progress
 from minwurst.base.errors import UserError
 from minwurst.edge import models, networks
+from minwurst.edge.files import read_json
 from minwurst.step import diffusion
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import unnormalise
@@ -69,11 +69,13 @@ def latent_dim_scale(folder):
     if not index.is_file():
         return 10.67
     try:
-        scale = json.loads(index.read_text(encoding="utf-8")).get("latent_dim_scale", 10.67)
-        assert isinstance(scale, int | float) and 0 < scale < 1000
-    except (OSError, ValueError, AttributeError, AssertionError):
-        raise UserError(f"{index} can't be read, or its latent_dim_scale is no number.") from None
-    return scale
+        scale = read_json(index).get("latent_dim_scale", 10.67)
+        # Stage B halves four times: 3 latents have to become 32 positions, up to rounding down.
+        if isinstance(scale, int | float) and 1 < scale < 100 and int(3 * scale) % 16 == 0:
+            return scale
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{index} can't be read, or its latent_dim_scale is impossible.")
 
 
 class FullDecoder:

@@ -16,7 +16,7 @@ import os
 import pyarrow.compute as pc
 
 from minwurst.base.console import say
-from minwurst.edge.files import replacing
+from minwurst.edge.files import read_json, replacing
 
 
 class GoodRows:
@@ -28,8 +28,8 @@ class GoodRows:
         image_column: where a table has the images; another column has other images.
         """
         self.file, self.known = file, {}
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it only saves time
-            entries = json.loads(file.read_text(encoding="utf-8")).items()
+        with contextlib.suppress(OSError, ValueError):  # it only saves time
+            entries = read_json(file).items()
             self.known = {n: e for n, e in entries if isinstance(e, list) and len(e) == 3}
         images, columns = rows.data.column("image"), ("number", "text")
         paths = pc.struct_field(images, "path").to_pylist()

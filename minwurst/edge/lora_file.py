@@ -56,7 +56,8 @@ def save(prior, file):
             save_file(state_dict(prior), draft, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{file} was not written: {reason(error)} The last checkpoint is intact."
+            f"{file} was not written: {reason(error)} The last checkpoint is intact, and "
+            "--resume_from_checkpoint=latest writes the result from it."
         ) from None
     return Path(file)
 
@@ -89,6 +90,9 @@ def read(file):
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"LoRA {file} can't be read: {error}") from None
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise UserError(f"LoRA {file}: {key} has type {tensor.dtype}.")
     if name := not_finite(tensors):
         raise UserError(f"LoRA {file}: {name} is not finite.")
 
@@ -101,8 +105,6 @@ def read(file):
         pair = factors.setdefault(name.removesuffix(ending), {})
         if ENDINGS[ending] in pair:
             raise UserError(f"LoRA {file}: {key} occurs twice, under two names.")
-        if not tensor.is_floating_point():
-            raise UserError(f"LoRA {file}: {key} has type {tensor.dtype}.")
         pair[ENDINGS[ending]] = tensor.float()
     from_peft = any(key.startswith("base_model.model.") for key in tensors)
     scaling = scaling_of(file, metadata, from_peft)
@@ -149,10 +151,12 @@ def scaling_of(file, metadata, from_peft):
         }
         patterns = dict(config.get("alpha_pattern") or {})
         alphas = [config.get("lora_alpha", 1), *patterns.values()]
-        assert all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas)
+        if not all(isinstance(alpha, int | float) and math.isfinite(alpha) for alpha in alphas):
+            raise ValueError("alpha is no number")
         # PEFT treats a pattern as a regular expression for the end of the layer's name.
         patterns = {re.compile(rf"(.*\.)?({end})$"): alpha for end, alpha in patterns.items()}
-    except (ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, re.error):
+    except (ValueError, TypeError, AttributeError, ArithmeticError, re.error,
+            RecursionError):  # fmt: skip
         raise UserError(f"LoRA {file}: its settings can't be read: {stored[:100]}") from None
 
     def scaling(layer, rank):

@@ -23,7 +23,7 @@ from minwurst.edge import networks
 from minwurst.edge.files import describe
 from minwurst.edge.networks import load_part
 from minwurst.step import diffusion
-from minwurst.step.encoders import Encoders
+from minwurst.step.encoders import Encoders, try_out
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.prior import WuerstchenPrior
 
@@ -274,12 +274,15 @@ def load_text(folder, dtype):
     tokenizer = load_part(transformers.CLIPTokenizerFast.from_pretrained, folder / "tokenizer")
     text_encoder = load_part(load, folder / "text_encoder")
     config, length, words = text_encoder.config, tokenizer.model_max_length, len(tokenizer)
-    if not 3 <= words <= config.vocab_size or length > config.max_position_embeddings:
+    fits = isinstance(length, int) and 3 <= length <= config.max_position_embeddings
+    if not fits or not 3 <= words <= config.vocab_size:
         raise UserError(
             f"{folder / 'tokenizer'}: {words} tokens and texts of {length} do not fit the text "
             f"encoder, which has {config.vocab_size} and {config.max_position_embeddings}."
         )
-    return tokenizer, text_encoder.requires_grad_(False).eval()
+    text_encoder.requires_grad_(False).eval()
+    load_part(lambda _: try_out(tokenizer, text_encoder), folder)
+    return tokenizer, text_encoder
 
 
 def load_image_encoder(folder):

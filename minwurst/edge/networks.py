@@ -9,7 +9,6 @@ longer than reading.
 """
 
 import inspect
-import json
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
+from minwurst.edge.files import check_regular, read_json
 
 LARGEST = 100_000  # of any size in a config; the published networks have at most 8,192
 MOST_BLOCKS = 1_000
@@ -26,6 +26,9 @@ MOST_BLOCKS = 1_000
 def load_part(load, folder):
     """load(folder); if that fails, a UserError names the folder."""
     try:
+        for file in Path(folder).glob("*"):  # of a file, none
+            if not file.is_dir():
+                check_regular(file)
         return load(folder)
     except UserError:
         raise
@@ -59,13 +62,21 @@ def load(kind, folder, dtype):
 def read_config(kind, path):
     """A network's config as a dict, checked. path: of the .json file, or of its folder."""
     file = Path(path) if Path(path).suffix == ".json" else Path(path) / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
+    try:
+        config = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
     name = config.get("_class_name", kind.__name__)
     if name != kind.__name__:
         raise ValueError(f"it is a {name}, not a {kind.__name__}")
-    known = {*inspect.signature(kind.__init__).parameters, "prediction_type"}
+    parameters = inspect.signature(kind.__init__).parameters
+    known = {*parameters, "prediction_type"}
+    for key, value in config.items():
+        default = parameters[key].default if key in parameters else None
+        if type(default) in (int, float) and not (
+            type(value) in (int, float) and (value > 0 or default <= 0 or "dropout" in key)
+        ):
+            raise ValueError(f"config.json: {key} is {value!r:.40}, which is not possible")
     unknown = [key for key in config if key not in known and not key.startswith("_")]
     if unknown:
         say(f"{file}: unknown entries are ignored: {', '.join(unknown)}")

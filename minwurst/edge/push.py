@@ -103,7 +103,10 @@ def push(folder, repository, token=None):
     folder = Path(folder)
     run = run_file.read(folder)
     files = results(folder, run)
-    text = card(run, repository, files).encode()
+    try:
+        text = card(run, repository, files).encode()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / run_file.FILE} is not as a run wrote it ({error!r}).") from None
     summary = f"{len(files)} files of a prior fine-tuned with minwurst"
     try:
         api = huggingface_hub.HfApi(token=check_token(token))

@@ -1,5 +1,6 @@
 """run.json: what another person needs to repeat a run. Never a token."""
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -10,32 +11,36 @@ from pathlib import Path
 
 import torch
 
+from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import world_size
-from minwurst.base.settings import public
-from minwurst.edge.files import reason, replacing
+from minwurst.base.settings import LoRASettings, public
+from minwurst.edge.files import read_json, reason, replacing
 
 FILE = "run.json"
+# The types of a setting's values in JSON, by its name.
+KINDS = {
+    field.name: (field.type, int, type(None)) if field.type is float else (field.type, type(None))
+    for field in dataclasses.fields(LoRASettings)
+}
 PACKAGES = ("torch", "diffusers", "transformers", "datasets", "huggingface_hub", "safetensors")
 
 
 def earlier(folder):
     """What run.json contains so far; {} if that can't be read, since training does not need it."""
     try:
-        return json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / FILE)
+    except FileNotFoundError:
         return {}
-
-
-def known_id(folder):
-    """The id of the run in this folder, or None."""
-    return earlier(folder).get("id")
+    except (OSError, ValueError) as error:
+        say(f"{folder / FILE} can't be read, and what it said of earlier starts is lost: {error}")
+        return {}
 
 
 def write(run):
     """Write a Run's run.json. Each start of the run adds an entry to `starts`."""
     file, settings = run.folder / FILE, public(run.settings)
-    before = earlier(run.folder) if run.checkpoint else {}
+    starts = run.earlier.get("starts")
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resumed_from": run.checkpoint.name if run.checkpoint else None,
@@ -51,7 +56,7 @@ def write(run):
         "published": publishable_names(settings, run.parts.prior_alone),
         "steps": max(run.last_step, run.step),
         "prediction_type": run.identity["prediction"],
-        "starts": [*before.get("starts", []), start],
+        "starts": [*(starts if isinstance(starts, list) else ()), start],
     }
     text = json.dumps(content, indent=1, ensure_ascii=False)
     try:
@@ -64,10 +69,17 @@ def write(run):
 def read(folder):
     """The content of a run's run.json; UserError if there is none."""
     try:
-        run = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        run = read_json(folder / FILE)
         found = {key: run[key] for key in ("settings", "identity", "published", "steps", "starts")}
+        for key, part in (*found.items(), ("the last start", found["starts"][-1])):
+            if key not in ("steps", "starts") and not isinstance(part, dict):
+                raise TypeError(f"{key} is {part!r:.40}")
+        for name, value in found["settings"].items():
+            kinds = KINDS.get(name)
+            if kinds and not isinstance(value, kinds):
+                raise TypeError(f"{name} is {value!r:.40}")
         return {**found, "prediction_type": run.get("prediction_type", "epsilon")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{folder} is not the --output_dir of a run: can't read its {FILE} ({error!r})."
         ) from None

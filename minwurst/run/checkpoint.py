@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
-from minwurst.edge.files import describe, not_finite, reason, replacing
+from minwurst.edge.files import describe, not_finite, read_json, reason, remove, replacing
 
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.checkpoint-\d+\.(part|old)")  # being written or deleted
@@ -139,16 +139,48 @@ def write_at(handle, content, offset):
 
 def read_progress(folder):
     """A checkpoint's state.json: the last step, the seed, what makes it this run, numbers."""
-    return json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
+    return read_json(Path(folder) / "state.json")
+
+
+def impossible(folder, progress, identity):
+    """The first entry of a state.json that no run can have written (it was edited), or None.
+
+    identity: the names that the entry of this name has at least.
+    """
+
+    def whole(number, least, most=float("inf")):
+        return type(number) is int and least <= number <= most
+
+    def whole_numbers(found):
+        return found is None or isinstance(found, list) and all(whole(n, 0) for n in found)
+
+    step, seed, updates = (progress.get(name) for name in ("step", "seed", "updates"))
+    settings, known = progress.get("settings"), progress.get("identity")
+    scaler = progress.get("scaler", {})
+    good = {
+        "step": whole(step, 1) and step_of(Path(folder)) in (None, step),
+        "seed": whole(seed, 0),
+        "updates": whole(step, 1) and whole(updates, 0, step),
+        "settings": isinstance(settings, dict) and bool(settings)
+        and all(whole_numbers(settings.get(name)) for name in ("skip_steps", "skip_rows")),
+        "identity": isinstance(known, dict) and identity <= known.keys(),
+        "defaults": isinstance(progress.get("defaults", {}), dict),
+        "scaler": isinstance(scaler, dict)
+        and all(type(n) in (int, float) and 0 <= n < float("inf") for n in scaler.values()),
+    }
+    return next((name for name in good if not good[name]), None)
 
 
 def load(folder):
     """What `save` was given: ({"weights": {name: tensor}, …}, progress), on the CPU."""
     folder = Path(folder)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    names = sorted(name for name in manifest if name.endswith(".safetensors"))
-    groups = {Path(name).stem: load_file(folder / name) for name in names}
-    return groups, read_progress(folder)
+    try:
+        manifest = read_json(folder / MANIFEST)
+        names = sorted(name for name in manifest if name.endswith(".safetensors"))
+        groups = {Path(name).stem: load_file(folder / name) for name in names}
+        return groups, read_progress(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--resume_from_checkpoint: {folder} can't be read: {error}.") from None
 
 
 def step_of(folder):
@@ -210,7 +242,7 @@ def set_aside_later(output_dir, step):
     """
     for path in Path(output_dir).glob(".checkpoint-*"):
         if TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
     for folder in list_all(output_dir):
         if step_of(folder) > step:
             aside = folder.with_name(f"{folder.name}.left-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -224,7 +256,7 @@ def damage(folder):
     if not manifest.is_file():
         return f"it has no {MANIFEST}, so it is incomplete or not a checkpoint of this project"
     try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = read_json(manifest)
         if not {"state.json", "weights.safetensors"} <= expected.keys():
             return f"its {MANIFEST} lists no weights"
         for name, description in expected.items():
@@ -250,6 +282,6 @@ def damage(folder):
 def delete(folder):
     """Delete a checkpoint. It is renamed first, so that a kill leaves no incomplete one."""
     temporary = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     folder.rename(temporary)
-    shutil.rmtree(temporary)
+    temporary.unlink() if temporary.is_symlink() else shutil.rmtree(temporary)

@@ -10,8 +10,6 @@
 It holds no model and no optimizer, and trains nothing. All ranks must call its methods.
 """
 
-import fcntl
-import math
 import secrets
 import shlex
 from pathlib import Path
@@ -20,7 +18,7 @@ from minwurst.base import errors
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
-from minwurst.base.settings import LoRASettings, defaults_of, facts_of, public
+from minwurst.base.settings import MOST_STEPS, LoRASettings, defaults_of, facts_of, public
 from minwurst.edge import files, models, push, run_file
 from minwurst.edge.grids import BEFORE_AFTER
 from minwurst.run import advice, checkpoint, estimate, trackers
@@ -41,13 +39,14 @@ MEANING = {
     "prediction": "what the prior predicts",
     "prior": "the prior (its sizes; for a LoRA, the fingerprint of its files)",
 }
+IDENTITY = {"global_batch", "data", "encoders", "prior"}  # those that checkpoints always had
 
 
 class Run:
     """Attributes: settings, rank, device, folder, seed, checkpoint (the folder to resume from, or
     None), step (its step, or 0), layout (how a step's batch is divided), and after `identify` also
     parts, shapes (of the latents), identity, rows (how many are trained on), last_step, epochs,
-    steps (those still to run) and id.
+    steps (those still to run), earlier (run.json so far) and id.
     """
 
     def __init__(self, settings, device, folder, resumed, progress):
@@ -64,13 +63,18 @@ class Run:
         Fills in settings.seed and settings.hub_model_id if they were left open.
         """
         folder = on_main(files.make_folder, settings.output_dir)
-        on_main(lock, folder)
+        on_main(files.lock, folder)
         resumed = on_main(checkpoint.find, settings.resume_from_checkpoint, folder)
         progress = checkpoint.read_progress(resumed) if resumed else FRESH
         if progress.get("format", FORMAT) != FORMAT:
             raise UserError(
                 f"--resume_from_checkpoint: {resumed} has format {progress['format']}, and this "
                 f"version reads format {FORMAT}. Resume with the version that wrote it."
+            )
+        if resumed and (wrong := checkpoint.impossible(resumed, progress, IDENTITY)):
+            raise UserError(
+                f"--resume_from_checkpoint: {resumed}/state.json has no {wrong} that a run can "
+                f"have written. Resume from another checkpoint by its path."
             )
         settings.seed = on_main(randomness.choose_seed, settings.seed, progress["seed"])
         errors.completing[:] = [f"--seed={settings.seed}"]  # for commands that errors print
@@ -117,17 +121,26 @@ class Run:
             say(f"changed since the checkpoint: {change}")
         on_main(checkpoint.set_aside_later, self.folder, self.step)
         on_main(checkpoint.rotate, self.folder, self.settings.checkpoints_total_limit)
-        self.id = on_main(run_file.known_id, self.folder) if self.checkpoint else None
-        self.id = self.id or on_main(secrets.token_hex, 4)
+        self.earlier = on_main(run_file.earlier, self.folder) if self.checkpoint else {}
+        self.id = self.earlier.get("id")
+        if not isinstance(self.id, str):
+            self.id = on_main(secrets.token_hex, 4)
 
         self.rows, self.last_step = len(data.rows), self.settings.max_train_steps
         if self.last_step is None:
             epochs = self.settings.num_train_epochs
-            self.last_step = math.ceil(epochs * self.rows / self.layout.global_batch)
+            self.last_step = -(-epochs * self.rows // self.layout.global_batch)
+        if self.last_step > MOST_STEPS:
+            raise UserError(
+                f"--num_train_epochs {self.settings.num_train_epochs} makes {self.last_step:,} "
+                f"steps; at most {MOST_STEPS:,} are possible."
+            )
         self.epochs = self.last_step * self.layout.global_batch / self.rows
         self.skipped = set(self.settings.skip_steps or ())
         to_come = range(self.step + 1, self.last_step + 1)
-        self.steps = [step for step in to_come if step not in self.skipped]
+        self.steps = to_come  # unless some are skipped, no list, which can be long
+        if self.skipped.intersection(to_come):
+            self.steps = [step for step in to_come if step not in self.skipped]
         if not self.steps:
             say(f"Step {self.step} is already done: raise --max_train_steps for more.")
 
@@ -201,28 +214,6 @@ class Run:
         prompt = (settings.validation_prompts or ["a bear"])[0]
         words = ["--prompt", prompt, f"--{kind}", str(self.folder)]
         say(f"more images: python -m minwurst.sample {shlex.join(words)}")
-
-
-def lock(folder):
-    """Make this process the folder's only run until it ends; UserError if there is another.
-
-    The kernel holds the lock for this process and none of its children, and releases it when the
-    process ends, however it ends.
-    """
-    global lock_file  # open until the process ends, or locks another folder
-    try:
-        lock_file = open(Path(folder) / ".lock", "a")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: can't open its .lock: {error}.") from None
-    try:
-        fcntl.lockf(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"--output_dir {folder}: another run is using it. Wait until it ends, or use another "
-            "folder."
-        ) from None
-    except OSError as error:  # a file system without locks
-        say(f"{folder} can't be locked ({error}): don't start a second run on it.")
 
 
 def keep_skipping(settings, progress):

@@ -42,6 +42,18 @@ class State:
             expected = self.weights if isinstance(part, torch.optim.Optimizer) else part
             if isinstance(expected, dict):
                 check_fit(keyword, tensors.get(keyword, {}), expected, every=expected is part)
+            if isinstance(part, torch.optim.AdamW):
+                check_adam(tensors.get(keyword, {}), expected)
+        try:
+            self.copy(tensors, numbers)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--resume_from_checkpoint: its state.json does not fit this model ({error!r}). "
+                "Resume from another checkpoint by its path."
+            ) from None
+
+    def copy(self, tensors, numbers):
+        """`restore`, with whatever error there may be."""
         for keyword, part in self.parts.items():
             saved, counted = tensors.get(keyword, {}), numbers.get(keyword, {})
             if isinstance(part, dict):
@@ -84,7 +96,8 @@ def check_fit(keyword, saved, expected, every):
     missing = sorted(expected.keys() - saved.keys()) if every else []
     for name, tensor in saved.items():
         like = expected.get(name if every else name.rsplit(".", 1)[0])
-        if like is None or tensor.shape != like.shape and (every or tensor.dim() > 1):
+        unlike = like is None or tensor.shape != like.shape and (every or tensor.dim() > 1)
+        if unlike or every and tensor.is_floating_point() != like.is_floating_point():
             shape = list(tensor.shape)
             missing.insert(0, f"{name} {shape}, for {list(like.shape) if like is not None else 0}")
     if missing:
@@ -92,6 +105,21 @@ def check_fit(keyword, saved, expected, every):
             f"--resume_from_checkpoint: its {keyword}.safetensors does not fit this model: "
             f"{missing[0]}. Use the model and flags that it was written with."
         )
+
+
+def check_adam(saved, weights):
+    """UserError unless every weight, or none, has all that torch's AdamW remembers of it.
+
+    The fused AdamW would read beyond a tensor that has fewer numbers than its weight.
+    """
+    for name, weight in weights.items() if saved else ():
+        for key, shape in (("step", ()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape)):
+            found = saved.get(f"{name}.{key}")
+            if found is None or found.shape != shape or not found.is_floating_point():
+                raise UserError(
+                    f"--resume_from_checkpoint: its optimizer.safetensors has no {name}.{key} that "
+                    "fits this model. Use another checkpoint."
+                )
 
 
 @torch.no_grad()

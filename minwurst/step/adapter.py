@@ -129,7 +129,9 @@ def find_targets(prior, targets):
         matches = {n for n in linear if ending == EVERY or f".{n}".endswith(f".{ending}")}
         if not matches and any(f".{name}".endswith(f".{ending}") for name in layers):
             inside = {
-                f"{ending}.{n.split(f'.{ending}.')[1]}" for n in linear if f".{ending}." in f".{n}"
+                f"{ending}.{f'.{n}'.split(f'.{ending}.', 1)[1]}"
+                for n in linear
+                if f".{ending}." in f".{n}"
             }
             hint = f" It contains {', '.join(sorted(inside))}." if inside else ""
             raise UserError(f"--lora_targets {ending}: not a linear layer.{hint}")

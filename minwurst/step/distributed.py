@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minwurst.base.console import outlive
 from minwurst.base.errors import UserError, exit_with
-from minwurst.base.ranks import is_main, rank, world_size
+from minwurst.base.ranks import is_main, look_right, rank, world_size
 
 # How long ranks wait for a slow one. It has to cover what only the main rank does, such as writing
 # a 15 GB checkpoint or decoding images.
@@ -53,6 +53,12 @@ def launch(main, settings, then):
 
 def start():
     """Join the process group that torchrun's variables describe. Returns this rank's device."""
+    if not look_right():
+        raise UserError(
+            "The environment variables RANK, WORLD_SIZE and LOCAL_RANK are not as torchrun sets "
+            "them. Start the script with torchrun, or unset them.",
+            one_rank=True,
+        )
     world, local_rank = world_size(), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():

@@ -104,3 +104,10 @@ def encode_text(tokenizer, text_encoder, captions):
     device = text_encoder.device
     ids, mask = (to_device(t, device) for t in (tokens.input_ids, tokens.attention_mask))
     return text_encoder(ids, attention_mask=mask).last_hidden_state
+
+
+def try_out(tokenizer, text_encoder):
+    """Encode three tokens: most of what can be wrong with their configs raises an error then."""
+    length = tokenizer.model_max_length
+    tokens = tokenizer("a", padding="max_length", max_length=length, return_tensors="pt")
+    text_encoder(tokens.input_ids[:, :3], attention_mask=tokens.attention_mask[:, :3])
