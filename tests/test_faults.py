@@ -1,13 +1,11 @@
-"""Disk, lock, numeric and malicious-file faults: nothing is lost, and the cause is reported."""
+"""Lock, numeric and malicious-file faults: nothing is lost, and the cause is reported."""
 
-import contextlib
 import errno
 import json
 import os
 import pickle
 import shutil
 import signal
-import subprocess
 import time
 
 import datasets
@@ -21,7 +19,6 @@ from minwurst.edge import dataset, files, lora_file, models
 from minwurst.edge.good_rows import GoodRows
 from minwurst.step import randomness
 from minwurst.step.images import open_image
-from minwurst.step.samples import Samples
 from tests import tiny
 from tests.conftest import assert_bitwise_equal, flags, train_here
 from tests.test_signals import SHORT, steps
@@ -29,64 +26,6 @@ from tests.test_signals import SHORT, steps
 pytestmark = pytest.mark.slow
 
 RESUME = {"resume_from_checkpoint": "latest"}
-
-
-# ---- The disk.
-
-
-@contextlib.contextmanager
-def mounted(folder, options):
-    """A small in-memory file system."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-@pytest.mark.parametrize("script", ["train.py", "lora.py"])
-def test_a_full_disk_loses_nothing(wuerstchen, few, tmp_path, monkeypatch, script):
-    """Full while writing a checkpoint, then while writing the result; with space, it resumes."""
-    settings = {**SHORT, **RESUME, "dataset_name": few, "script": script, "checkpointing_steps": 2}
-    whole = train_here(wuerstchen, tmp_path / "whole", **settings)
-    sizes = [file.stat().st_size for file in (whole / "checkpoint-6").iterdir()]
-    one = sum(-(-size // 4096) * 4096 for size in sizes)  # tmpfs allocates pages
-    room_left_at = {2: one // 2}
-    take = Samples.__getitem__
-
-    def fill(pairs, position):
-        if position in room_left_at:
-            free = shutil.disk_usage(disk).free - room_left_at.pop(position)
-            (disk / "filler").write_bytes(b"x" * free)
-        return take(pairs, position)
-
-    with mounted(tmp_path / "disk", "size=40m") as disk:
-        monkeypatch.setattr(Samples, "__getitem__", fill)
-        said = "checkpoint-4 was not written: .*space.* It needs [0-9,]+ bytes"
-        for next_room, saved in (({5: one + 4096}, [2]), ({}, [2, 4, 6])):
-            with pytest.raises(UserError, match=said):
-                train_here(wuerstchen, disk / "out", **{**settings, "max_train_steps": 6})
-            assert steps(disk / "out") == saved
-            hidden = [path.name for path in (disk / "out").iterdir() if path.name[0] == "."]
-            assert hidden == [".lock"]  # the partial write is removed
-            (disk / "filler").unlink()
-            room_left_at |= next_room
-            said = "(prior_pipeline|lora_weights.safetensors) was not written: .*space.* is intact"
-        train_here(wuerstchen, disk / "out", **settings)
-        assert_bitwise_equal(whole / "checkpoint-6", disk / "out" / "checkpoint-6")
-
-
-def test_a_read_only_folder_is_said_first(warm, wuerstchen, tmp_path):
-    with mounted(tmp_path / "disk", "ro") as disk:
-        words = flags(wuerstchen, disk / "out", pretrained_prior_model_name_or_path="nowhere")
-        code, printed = warm.run("train.py", words)
-        assert code == 2
-        assert printed == (
-            f"train.py: --output_dir {disk / 'out'} is not writable: Read-only file system.\n"
-        )
 
 
 # ---- Two runs on one folder.

@@ -9,6 +9,7 @@ ten. It can send signals to this session at a given point in the code, kill itse
 operation, or print its file operations.
 """
 
+import ctypes
 import datetime
 import functools
 import gc
@@ -49,14 +50,19 @@ class Warm:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, script, words, faults=(), kill_at=None, patience=60, **variables):
+    def start(
+        self, script, words, faults=(), kill_at=None, patience=60, stopped=False, log=None,
+        **variables,
+    ):  # fmt: skip
         """Start a run of a script.
 
         faults: a list of [key of PLACES, which call of it, signal, …]. kill_at: number of the file
         operation at which to die; 0 prints them. patience: seconds that ranks wait for each other.
+        stopped: it waits for SIGCONT, so that it can be traced. log: where its output goes.
         """
-        log = tempfile.mkstemp(suffix=".log")[1]
+        log = log or tempfile.mkstemp(suffix=".log")[1]
         how = {"faults": faults, "kill_at": kill_at, "patience": patience, "log": log}
+        how["stopped"] = stopped
         pid = self.ask(script=script, words=words, variables=variables, **how)
         return Run(self, pid, Path(log))
 
@@ -88,7 +94,10 @@ class Run:
 
     def wait(self):
         """Returns (exit code, or minus the signal that ended it; output)."""
-        code, printed = self.warm.ask(wait=self.pid), self.log.read_text()
+        code = self.warm.ask(wait=self.pid)
+        if not self.log.is_file():
+            return code, ""
+        printed = self.log.read_text()
         self.log.unlink()
         return code, printed
 
@@ -127,6 +136,9 @@ def become(request):
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(request["variables"])
     sys.argv = [request["script"], *request["words"]]
+    if request["stopped"]:
+        ctypes.CDLL(None).prctl(0x59616D61, -1, 0, 0, 0)  # PR_SET_PTRACER: anybody may trace it
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def send(place, call, *numbers):
