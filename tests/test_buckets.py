@@ -189,7 +189,7 @@ def test_resumed_it_is_the_same(wuerstchen, album, tmp_path, capsys, how):
 def edit_shapes(folder):
     """Write a checkpoint that looks like one of a run with other shapes."""
     tensors, progress = checkpoint.load(folder / "checkpoint-4")
-    progress["identity"]["shapes"] = "4×4 (0)"
+    progress["step"], progress["identity"]["shapes"] = 5, "4×4 (0)"
     checkpoint.save(folder, 5, tensors, progress)
 
 
