@@ -148,7 +148,9 @@ def main(settings):
         return signal  # the exit code is 128 more
     with ema.in_place():
         folder = run.folder / export.FOLDER
-        result = distributed.on_main(export.save_pipeline, prior, folder, parts.text)
+        result = distributed.on_main(
+            export.save_pipeline, prior, folder, parts.text, settings.resolution
+        )
     run.report(result)
 
 

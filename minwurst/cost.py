@@ -6,13 +6,13 @@
 A tenth of each card is left free for what run/estimate.py does not include.
 """
 
-import argparse
 import functools
 
 import torch
 
 from minwurst.base.console import gib
 from minwurst.base.errors import one_line
+from minwurst.base.parser import Parser
 from minwurst.edge.decoders import size_of
 from minwurst.run import roofline
 from minwurst.run.estimate import activations, memory
@@ -33,7 +33,7 @@ COMMANDS = (
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.cost")
+    parser = Parser(prog="python -m minwurst.cost")
     parser.add_argument(
         "--roofline", choices=roofline.CARDS, nargs="?", const="H100", metavar="CARD",
         help="instead, count a step's work against a card's stated peak and bandwidth: "

@@ -3,15 +3,15 @@
     python -m minwurst.hub OUTPUT_DIR owner/name
 """
 
-import argparse
 from pathlib import Path
 
 from minwurst.base.errors import one_line
+from minwurst.base.parser import Parser
 from minwurst.edge import push, run_file
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.hub", allow_abbrev=False)
+    parser = Parser(prog="python -m minwurst.hub")
     parser.add_argument("folder", help="the --output_dir of a finished run")
     parser.add_argument("repository", help="owner/name on the Hub, or a name under your account")
     parser.add_argument("--private", action="store_true", help="create the repository as private")

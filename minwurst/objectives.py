@@ -3,12 +3,12 @@
     python -m minwurst.objectives minwurst/objectives.svg
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from minwurst.base.errors import one_line
+from minwurst.base.parser import Parser
 from minwurst.edge.curves import curves
 from minwurst.step.diffusion import Objective
 
@@ -35,7 +35,7 @@ def densities(bins=50):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.objectives")
+    parser = Parser(prog="python -m minwurst.objectives")
     parser.add_argument("file", type=Path, help="the .svg file to write")
     file = parser.parse_args().file
     panels = [("weight of an error (γ = 5)", weights()), ("density of t", densities())]

@@ -38,6 +38,9 @@ def test_it_is_small_and_its_pictures_are_free():
 def test_a_given_flag_goes_before_the_preset():
     preset = parse(Settings, ["--demo"], miniature.TRAIN)
     assert {n: getattr(preset, n) for n in miniature.TRAIN} == miniature.TRAIN
+    assert preset.resolution == 192  # which the folder of its weights says
+    assert preset.image_encoder_name_or_path == str(miniature.WEIGHTS / "image_encoder")
+    assert preset.pretrained_decoder_model_name_or_path == str(miniature.WEIGHTS / "decoder")
     changed = parse(
         LoRASettings, ["--rank=2", "--demo", "--validation_prompts"], miniature.LORA
     )

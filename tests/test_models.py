@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minwurst.base.errors import UserError
-from minwurst.edge import models
+from minwurst.edge import export, models
 from minwurst.step.encoders import encode_text
 from tests import tiny
+from tests.conftest import assert_bitwise_equal, train_here
 
 
 @pytest.fixture
@@ -66,8 +67,11 @@ def test_prior_at_the_root(wuerstchen, tmp_path):
     assert all(
         torch.equal(t, expected[name]) for name, t in models.load_prior(alone).state_dict().items()
     )
-    with pytest.raises(UserError, match="warp-ai/wuerstchen-prior.*not available from the Hub"):
+    said = "warp-ai/wuerstchen-prior.*not available from the Hub.*text encoder that .*alone lacks"
+    with pytest.raises(UserError, match=f"--pretrained_prior_model_name_or_path {said}"):
         models.text_folder(alone)  # the Hub is unavailable in tests
+    with pytest.raises(UserError, match=f"--prior {said}"):
+        models.text_folder(alone, where="--prior")
 
 
 @pytest.mark.parametrize(
@@ -154,11 +158,11 @@ def test_names_that_lead_nowhere():
         with pytest.raises(
             UserError, match=f"--image_encoder_name_or_path {name}: no such"
         ):
-            models.locate("image_encoder_name_or_path", name)
+            models.locate("--image_encoder_name_or_path", name)
     with pytest.raises(
         UserError, match="--image_encoder_name_or_path some/repo: .*Hub.*Give a local"
     ):
-        models.locate("image_encoder_name_or_path", "some/repo")
+        models.locate("--image_encoder_name_or_path", "some/repo")
 
 
 def edit(file, change):
@@ -233,3 +237,36 @@ def test_an_empty_tokenizer(copy):
     (copy / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer"):
         models.load_text(copy, torch.float32)
+
+
+@pytest.mark.slow
+def test_ones_own_base_in_one_flag(copy, tmp_path, capsys):
+    """Training, resuming with the same command, and a checkpoint from before there was this."""
+    export.write_index(copy, resolution=96)
+    nothing = dict.fromkeys(["image_encoder_name_or_path", "resolution"])
+    same = {**nothing, "validation_prompts": "a bear", "validation_steps": 2}
+    run = train_here(copy, tmp_path / "run", **same, max_train_steps=2)
+    assert f"taken from {copy}: image_encoder/, decoder/, resolution 96" in capsys.readouterr().out
+    known = json.loads((run / "run.json").read_text())["settings"]
+    assert known["pretrained_decoder_model_name_or_path"] == str(copy / "decoder")
+    assert known["resolution"] == 96
+    index = json.loads((run / "prior_pipeline/model_index.json").read_text())
+    assert index["resolution"] == 96  # for whoever uses the result
+
+    train_here(copy, run, **same, max_train_steps=3, resume_from_checkpoint="latest")
+    printed = capsys.readouterr().out
+    assert "changed since the checkpoint: max_train_steps 2 → 3" in printed
+    assert printed.count("changed since") == 1
+    spelled_out = {
+        "image_encoder_name_or_path": copy / "image_encoder", "resolution": 96,
+        "pretrained_decoder_model_name_or_path": copy / "decoder",
+        "validation_prompts": "a bear", "validation_steps": 2,
+    }  # fmt: skip
+    other = train_here(copy, tmp_path / "other", **spelled_out, max_train_steps=3)
+    assert_bitwise_equal(run / "checkpoint-3", other / "checkpoint-3")
+    train_here(copy, other, **same, max_train_steps=4, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="--resolution was 96 and is now 64, which would be"):
+        train_here(
+            copy, run, **{**same, "resolution": 64}, max_train_steps=5,
+            resume_from_checkpoint="latest",
+        )  # fmt: skip

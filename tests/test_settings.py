@@ -1,10 +1,12 @@
 """The command line: diffusers' command, the reference's flags, and one-line errors."""
 
 import importlib.util
+import os
 import shlex
 
 import pytest
 
+from minwurst import cost, hub, lora
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, from_command_line, parse, public
 from minwurst.step import distributed
@@ -55,7 +57,7 @@ def test_help_has_every_setting(capsys):
     with pytest.raises(SystemExit):
         parse(Settings, ["--help"])
     printed = capsys.readouterr().out
-    for name in vars(parse(Settings, DATA)):
+    for name in public(Settings()).keys() | {"hub_token"}:
         assert f"--{name}" in printed
 
 
@@ -115,14 +117,102 @@ def test_no_data_names_the_flags():
     [
         ("--leaning_rate=1", "did you mean --learning_rate"),
         ("--max_train", "did you mean --max_train_steps"),  # no abbreviations
-        ("--mixed_precision=fp8", "invalid choice: 'fp8'"),
-        ("--train_batch_size=four", "invalid int value: 'four'"),
+        ("--mixed_precision=fp8", "--mixed_precision fp8: choose no, fp16 or bf16."),
+        ("--train_batch_size=four", "--train_batch_size four: must be a whole number."),
+        ("--learning_rate=fast", "--learning_rate fast: must be a number."),
+        ("--learning_rate", "--learning_rate: expected one argument"),
+        ("--use_ema=true", "--use_ema: takes no value, but there is 'true'"),
+        ("--zzz", "unknown flag --zzz; see --help."),
     ],
 )
-def test_unknown_flags_and_choices(flag, said, capsys):
+def test_mistakes_are_one_line(flag, said, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(SystemExit) as stopped:
         parse(Settings, [*DATA, flag])
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.count("\n") == 1
+    assert printed.startswith("train.py: ") and said in printed
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "said"),
+    [
+        (hub, ["run"], "minwurst.hub: the following arguments are required: repository"),
+        (hub, ["run", "me/x", "y"], "minwurst.hub: found a value without a flag; see --help."),
+        (lora, ["shw", "x"], "minwurst.lora: verb shw: choose show or merge."),
+        (lora, ["merge", "a", "b", "c", "--scal=2"], "minwurst.lora: unknown flag --scal; did you "
+         "mean --scale?"),
+        (cost, ["--roofline=X"], "minwurst.cost: --roofline X: choose H100, "),
+    ],
+)  # fmt: skip
+def test_mistakes_of_other_programs_are_one_line(program, words, said, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program.__name__, *words])
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.startswith(said) and printed.count("\n") == 1
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A model folder with an image encoder, a decoder and a resolution, by name."""
+    for file in ("image_encoder/config.json", "decoder/decoder/config.json"):
+        (tmp_path / "base" / file).parent.mkdir(parents=True)
+        (tmp_path / "base" / file).write_text("{}")
+    (tmp_path / "base/model_index.json").write_text('{"resolution": 192}')
+    monkeypatch.chdir(tmp_path)
+    return "base"
+
+
+def test_a_complete_folder_is_enough(base):
+    words = [*DATA, f"--pretrained_prior_model_name_or_path={base}"]
+    settings = parse(Settings, words)
+    assert settings.image_encoder_name_or_path == "base/image_encoder"
+    assert settings.pretrained_decoder_model_name_or_path == "base/decoder"
+    assert settings.resolution == 192
+    assert settings.notes == ("taken from base: image_encoder/, decoder/, resolution 192",)
+    settings.check()  # a second time
+    assert len(settings.notes) == 1
+
+
+def test_given_flags_override_the_folder(base):
+    """Also where they are at their default."""
+    words = [f"--pretrained_prior_model_name_or_path={base}", "--resolution=768",
+             "--image_encoder_name_or_path=mine"]  # fmt: skip
+    settings = parse(Settings, [*DATA, *words])
+    assert (settings.resolution, settings.image_encoder_name_or_path) == (768, "mine")
+    assert settings.notes == ("taken from base: decoder/",)
+    demo = {"pretrained_prior_model_name_or_path": base, "seed": 3, "train_data_dir": "emoji"}
+    assert parse(Settings, ["--demo", "--resolution=64"], demo).resolution == 64
+
+
+@pytest.mark.parametrize("stated", ["{", "[]", '{"resolution": 700}', '{"resolution": "192"}'])
+def test_a_folders_resolution_that_can_not_be_used(base, tmp_path, stated):
+    (tmp_path / "base/model_index.json").write_text(stated)
+    with pytest.raises(UserError, match="base/model_index.json can't be read, or its resolution"):
+        parse(Settings, [*DATA, f"--pretrained_prior_model_name_or_path={base}"])
+
+
+def test_the_demo_says_what_it_sets(base):
+    demo = {
+        "pretrained_prior_model_name_or_path": base, "train_data_dir": os.path.abspath("emoji"),
+        "cache_latents": True, "seed": 0, "validation_prompts": ["a bear", "owl"],
+    }  # fmt: skip
+    notes = parse(Settings, ["--demo"], demo).notes
+    assert notes[0] == (
+        "--demo sets --pretrained_prior_model_name_or_path base --train_data_dir emoji "
+        "--cache_latents --seed 0 --validation_prompts 'a bear' owl"
+    )
+    assert len(notes) == 2 and notes[1].startswith("taken from base")
+    words = shlex.split(notes[0].removeprefix("--demo sets "))
+    assert public(parse(Settings, words)) == {
+        **public(parse(Settings, ["--demo"], demo)), "demo": False, "train_data_dir": "emoji",
+    }  # fmt: skip
+    for flag in ("--train_data_dir=mine", "--dataset_name=mine"):
+        settings = parse(Settings, ["--demo", "--seed=4", flag], demo)
+        assert "--seed" not in settings.notes[0] and "knows only emoji" in settings.notes[1]
+    words = ["--demo", "--train_data_dir=mine", "--pretrained_prior_model_name_or_path=other"]
+    assert "emoji" not in " ".join(parse(Settings, words, demo).notes)
 
 
 def test_the_token_is_not_written():

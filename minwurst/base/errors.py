@@ -22,6 +22,18 @@ class UserError(Exception):
         self.one_rank = one_rank
 
 
+@contextlib.contextmanager
+def blame(where, value):
+    """Use as a context manager: a UserError inside begins with this flag and its value."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(("--", f"{where} {value}")):
+            raise
+        text = str(error).removeprefix(f"LoRA {value}: ")
+        raise UserError(f"{where} {value}: {text}") from None
+
+
 def command_with(*words):
     """This run's own command with more words, as it is to be typed."""
     ranks = local_world_size()
@@ -50,11 +62,11 @@ def one_line(program):
         sys.exit(f"{program}: {where}{error.strerror}.")
 
 
-def exit_with(error):
+def exit_with(error, program=None):
     """End the process: exit code 2 and one line for a UserError, 1 and a traceback for a bug.
 
     An error that all ranks share is printed once per machine. What the operating system says about
-    a file is no bug.
+    a file is no bug. program: its name in the line, by default the script's.
     """
     for function in leaving:
         function()
@@ -72,7 +84,7 @@ def exit_with(error):
     if code == 1:
         traceback.print_exception(error)
     elif error.one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{program or os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
     else:  # if this rank left first, torchrun would end the one that is still printing
         time.sleep(10)
     sys.stdout.flush(), sys.stderr.flush()

@@ -13,15 +13,16 @@ has to know about a setting stands beside it, so that a new one is private and f
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import math
 import os
+import shlex
 import sys
 
-from minwurst.base import prompts
+from minwurst.base import model_folder, prompts
 from minwurst.base.console import outlive
 from minwurst.base.errors import UserError, exit_with
+from minwurst.base.parser import Parser
 
 
 def section(title):
@@ -55,29 +56,41 @@ DEMO_HELP = (
     "Use the small trained Würstchen, the images and the settings that come with this project. "
     "Flags on the command line override the demo's settings."
 )
+DEMO_LIMIT = (
+    "The demo's model knows only emoji: with other images this tries out a run, and the images it "
+    "generates say little about what the published model would learn."
+)
 
 
 @dataclasses.dataclass
 class Settings:
-    """The settings of train.py: names and defaults of diffusers' script, except --resolution."""
+    """The settings of train.py: names and defaults of diffusers' script, except --resolution.
+
+    given: names of the flags on the command line. notes: lines to print at the start.
+    """
+
+    given = notes = ()
 
     demo: bool = demo(False, DEMO_HELP, may_change="silently", in_card=True)
 
     pretrained_prior_model_name_or_path: str = model(
         "warp-ai/wuerstchen-prior",
         "Folder or Hub repository with the prior (in `prior/` or at its root), the text encoder "
-        "and the tokenizer. Missing parts come from warp-ai/wuerstchen-prior.",
+        "and the tokenizer. Missing parts come from warp-ai/wuerstchen-prior. In a folder, "
+        "image_encoder/, decoder/ and a \"resolution\" in model_index.json are the defaults of the "
+        "flags for these.",
         may_change=True,
     )
     pretrained_decoder_model_name_or_path: str = model(
         "warp-ai/wuerstchen",
-        "Folder or Hub repository with the decoder (Stages B and A). Only validation images need "
-        "it.",
+        "Folder or Hub repository with the decoder (Stages B and A), if the prior's folder has "
+        "none. Only validation images need it.",
         may_change=True,
     )
     image_encoder_name_or_path: str = model(
         "warp-ai/EfficientNetEncoder",
-        "Folder or Hub repository with the image encoder that turns images into latents.",
+        "Folder or Hub repository with the image encoder that turns images into latents, if the "
+        "prior's folder has none.",
         may_change=True,
     )
     from_scratch: str = model(
@@ -414,6 +427,7 @@ class Settings:
     def check(self):
         """Raise UserError for values that no run can use."""
         check_limits(self)
+        self.complete_model()
         self.complete_objective()
         if self.validation_prompt_file:
             lines = prompts.read(self.validation_prompt_file, "validation_prompt_file")
@@ -443,6 +457,22 @@ class Settings:
                 "No data: give --dataset_name (Hub name, folder or .parquet file) or "
                 "--train_data_dir (folder of images with metadata.jsonl). --demo brings its own."
             )
+
+    def complete_model(self):
+        """What the base's folder has or says replaces the defaults of flags that are not given."""
+        folder, taken = self.pretrained_prior_model_name_or_path, []
+        found = model_folder.own_parts(folder)
+        for part, name in (
+            ("image_encoder", "image_encoder_name_or_path"),
+            ("decoder", "pretrained_decoder_model_name_or_path"),
+            ("resolution", "resolution"),
+        ):
+            is_given = name in self.given or getattr(self, name) != getattr(type(self), name)
+            if part in found and not is_given:
+                setattr(self, name, found[part])
+                taken.append(f"{part} {found[part]}" if part == "resolution" else f"{part}/")
+        if taken:
+            self.notes = (*self.notes, f"taken from {short(folder)}: {', '.join(taken)}")
 
     def prompts(self):
         """The validation prompts as `Prompt`s."""
@@ -539,14 +569,30 @@ def check_number(name, value, facts):
         raise UserError(f"--{name} is {value}; it must be below {below}.")
 
 
-def parse(kind, words=None, demo: dict | None = None):
+def short(path):
+    """A path relative to the working directory, if that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)
+
+
+def as_flags(values):
+    """Settings by name as they are typed, with absolute paths made short."""
+    words = []
+    for name, value in values.items():
+        typed = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        typed = [short(one) if os.path.isabs(str(one)) else str(one) for one in typed]
+        words += [f"--{name}", *typed]
+    return shlex.join(words)
+
+
+def parse(kind, words=None, demo: dict | None = None, prog=None):
     """Parse a command line (default: this process's) into checked settings of class `kind`.
 
     demo: the values that --demo sets, for flags that are not given. An unknown flag ends the
     process with exit code 2 and the nearest known one; a value that can't be used is a UserError.
+    prog: the program's name in messages, by default the script's.
     """
     words = sys.argv[1:] if words is None else words
-    parser, sections = argparse.ArgumentParser(allow_abbrev=False), {}
+    parser, sections = Parser(prog=prog), {}
     for field in dataclasses.fields(kind):
         facts = field.metadata
         if facts["section"] not in sections:
@@ -558,27 +604,27 @@ def parse(kind, words=None, demo: dict | None = None):
             if field.type is list and facts.get("type") is int:
                 options["action"] = "extend"  # the command that an error prints adds a number
             options["type"] = facts.get("type", str if field.type is list else field.type)
-        help = facts["help"].replace("%", "%%")
-        if field.type is not bool and field.default is not None:
-            help += " (default: %(default)s)"
+        help, default = facts["help"], field.default
+        if field.type is not bool and default is not None:
+            default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            help += f" (default: {default})"
         names = [f"--{field.name}", *facts.get("aliases", [])]
         group = sections[facts["section"]]
-        group.add_argument(*names, default=field.default, help=help, **options)
-    if "--demo" in words:
-        parser.set_defaults(**(demo or {}))
-    known, unknown = parser.parse_known_args(words)
-    if unknown:
-        names = [f"--{field.name}" for field in dataclasses.fields(kind)]
-        flag = unknown[0].split("=")[0]  # without its value, which may be a secret
-        if not flag.startswith("--"):
-            parser.error("found a value without a flag; see --help.")
-        near = difflib.get_close_matches(flag, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see --help."
-        parser.error(f"unknown flag {flag}; {hint}")
+        help = help.replace("%", "%%")
+        group.add_argument(*names, default=argparse.SUPPRESS, help=help, **options)
+    given = vars(parser.parse_args(words))
     for field in dataclasses.fields(kind):
-        if field.type is not list and isinstance(getattr(known, field.name), list):
+        if field.type is not list and isinstance(given.get(field.name), list):
             parser.error(f"--{field.name} has no value.")  # argparse turns --flag=-- into a list
-    settings = kind(**vars(known))
+    preset = (demo or {}) if "demo" in given else {}
+    preset = {name: value for name, value in preset.items() if name not in given}
+    settings = kind(**preset, **given)
+    settings.given, settings.notes = frozenset(given), ()
+    if preset:
+        settings.notes = (f"--demo sets {as_flags(preset)}",)
+        own_data = {"train_data_dir", "dataset_name"} & given.keys()
+        if own_data and "pretrained_prior_model_name_or_path" in preset:
+            settings.notes += (DEMO_LIMIT,)
     settings.check()
     for field in dataclasses.fields(kind):  # trackers keep a copy of the command line
         secret = getattr(settings, field.name) if field.metadata.get("secret") else None

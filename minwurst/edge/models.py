@@ -27,6 +27,7 @@ from minwurst.step.encoders import Encoders, try_out
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.prior import WuerstchenPrior
 
+PRIOR = "--pretrained_prior_model_name_or_path"
 COMPLETE = "warp-ai/wuerstchen-prior"  # has the text encoder that other repositories lack
 PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 DECODER_PARTS = ("decoder", "vqgan", "text_encoder", "tokenizer")
@@ -55,10 +56,9 @@ class Parts:
 
 def find(settings):
     """Find all parts, downloading what is on the Hub; UserError if one is missing or misfits."""
-    name = "pretrained_prior_model_name_or_path"
-    source = locate(name, settings.pretrained_prior_model_name_or_path, settings.cache_dir)
+    source = locate(PRIOR, settings.pretrained_prior_model_name_or_path, settings.cache_dir)
     encoder = settings.image_encoder_name_or_path
-    image_encoder = locate("image_encoder_name_or_path", encoder, settings.cache_dir)
+    image_encoder = locate("--image_encoder_name_or_path", encoder, settings.cache_dir)
     text = text_folder(source, settings.cache_dir)
     check_parts(source, text, image_encoder, from_scratch=settings.from_scratch)
     decoder = None
@@ -71,16 +71,16 @@ def find(settings):
     return parts
 
 
-def locate(flag, name, cache_dir=None, advice=""):
+def locate(where, name, cache_dir=None, advice=""):
     """The local folder of a model: `name` itself, or the downloaded files of a Hub repository.
 
-    flag, advice: for the UserError if there is none.
+    where, advice: for the UserError if there is none. where: the flag, or the argument.
     """
     name = str(name)
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"--{flag} {name}: no such folder.{advice}")
+        raise UserError(f"{where} {name}: no such folder.{advice}")
     try:
         folder = huggingface_hub.snapshot_download(
             name,
@@ -91,7 +91,7 @@ def locate(flag, name, cache_dir=None, advice=""):
     except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"--{flag} {name}: no such local folder, and not available from the Hub "
+            f"{where} {name}: no such local folder, and not available from the Hub "
             f"({type(error).__name__}: {reason}). Give a local folder, or fix the name or the "
             f"connection.{advice}"
         ) from None
@@ -102,7 +102,7 @@ def locate_lora(name, cache_dir=None):
     """The path of a LoRA: `name` itself, or the folder of a Hub repository's files."""
     if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         return name
-    return locate("lora", name, cache_dir)
+    return locate("--lora", name, cache_dir)
 
 
 def is_prior_alone(folder):
@@ -123,10 +123,10 @@ def find_config(path):
     return config
 
 
-def text_folder(folder, cache_dir=None):
+def text_folder(folder, cache_dir=None, where=PRIOR):
     """The folder with the text_encoder/ and tokenizer/ that belong to the prior in `folder`."""
     if is_prior_alone(folder):
-        return locate("pretrained_prior_model_name_or_path", COMPLETE, cache_dir)
+        return locate(where, COMPLETE, cache_dir, f" It has the text encoder that {folder} lacks.")
     return Path(folder)
 
 
@@ -145,7 +145,7 @@ def check_parts(source, text, image_encoder=None, from_scratch=None):
 def find_decoder(name, cache_dir=None):
     """The local folder of the decoder; UserError if there is none, or a part is missing."""
     folder = locate(
-        "pretrained_decoder_model_name_or_path", name, cache_dir,
+        "--pretrained_decoder_model_name_or_path", name, cache_dir,
         advice=" Or train without it: --validation_decoder=preview.",
     )  # fmt: skip
     check_decoder(folder)

@@ -13,17 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 WEIGHTS, IMAGES, WORLD = HERE / "weights", HERE / "pictures", HERE / "world.safetensors"
 
-SAMPLE = {
-    "prior": str(WEIGHTS),
-    "decoder": str(WEIGHTS / "decoder"),
-    "resolution": 192,
-}
+SAMPLE = {"prior": str(WEIGHTS)}  # a complete folder: it also has a decoder and says a resolution
 TRAIN = {
     "pretrained_prior_model_name_or_path": str(WEIGHTS),
-    "pretrained_decoder_model_name_or_path": str(WEIGHTS / "decoder"),
-    "image_encoder_name_or_path": str(WEIGHTS / "image_encoder"),
     "train_data_dir": str(IMAGES),
-    "resolution": 192,
     "cache_latents": True,
     "train_batch_size": 32,
     "max_train_steps": 120,

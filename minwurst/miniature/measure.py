@@ -14,7 +14,6 @@ All prompts are names outside the fine-tuning set. Generated latents are measure
              1,015 images of that style; and of the 64 that were asked for
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from PIL import Image
 
 from minwurst.base.console import progress
+from minwurst.base.parser import Parser
 from minwurst.base.settings import Settings
 from minwurst.edge import dataset, lora_file, models
 from minwurst.edge.decoders import FullDecoder
@@ -250,7 +250,7 @@ def reconstructions(world, work):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.miniature.measure")
+    parser = Parser(prog="python -m minwurst.miniature.measure")
     what = ("sizes", "base", "demo", "objectives", "reconstructions")
     parser.add_argument("what", choices=what, help="see the top of measure.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -16,7 +16,6 @@ parts, in order:
 The prior first sees the other style, black and white, when it is fine-tuned.
 """
 
-import argparse
 from pathlib import Path
 
 import diffusers
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from minwurst.base.parser import Parser
+from minwurst.edge import export
 from minwurst.miniature import IMAGES, WEIGHTS, WORLD
 from minwurst.miniature.emoji import INPUT, SIDE, load_images, normalised, save_images, shrink
 from minwurst.miniature.text import make_text_encoder, make_tokenizer
@@ -188,7 +189,7 @@ def save_tokenizer(tokenizer, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.miniature.pretrain")
+    parser = Parser(prog="python -m minwurst.miniature.pretrain")
     parser.add_argument("work", type=Path, help="folder for images and half-trained parts")
     parts = {"a": 2000, "encoder": 2200, "b": 7500, "prior": 22000}
     parser.add_argument(
@@ -236,6 +237,7 @@ def main():
         text_encoder, prior = make_prior(given.work, names, clean, tokenizer, given.prior_steps)
         save_half(text_encoder, WEIGHTS / "text_encoder")
         save_half(prior, WEIGHTS / "prior")
+        export.write_index(WEIGHTS, resolution=INPUT)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ class Run:
         run = cls(settings, device, folder, resumed, progress)
         where = f"{world_size()} × {device.type}" if world_size() > 1 else device.type
         say(f"minwurst on {where}, precision {settings.mixed_precision}, seed {run.seed}")
+        for note in settings.notes:
+            say(note)
         if device.type == "cpu":
             say("No GPU found: on a CPU, the published prior can only be tried out.")
         if resumed:
