@@ -1,16 +1,18 @@
-"""Show what a LoRA file contains, or merge one into a prior.
+"""Show what a LoRA file contains, or merge one into a prior: a complete model folder.
 
     python -m minwurst.lora show runs/demo-lora
     python -m minwurst.lora merge runs/demo-lora warp-ai/wuerstchen-prior merged_prior --scale 0.8
 """
 
-import argparse
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minwurst.base.errors import UserError, one_line
-from minwurst.edge import lora_file, models
+from minwurst.base.errors import UserError, blame, one_line
+from minwurst.base.model_folder import own_parts
+from minwurst.base.parser import Parser
+from minwurst.edge import export, lora_file, models
 from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.step import adapter
 
@@ -34,26 +36,37 @@ def show(file):
 
 
 def merge(file, source, output, scale):
-    """Write the prior of `source` with a LoRA in its weights to the new folder `output`."""
+    """Write the prior of `source` with a LoRA in its weights to the new folder `output`.
+
+    The folder takes the source's place: it gets the text encoder, and the image encoder, decoder
+    and resolution where the source has them.
+    """
     output = Path(output)
     if output.exists():
         raise UserError(f"{output} already exists: choose a new folder.")
-    folder = models.locate("pretrained_prior_model_name_or_path", source)
-    prior = lora_file.load(models.load_prior(folder), file)
+    lora_file.read(file)  # before anything large is loaded
+    with blame("prior", source):
+        folder = models.locate("prior", source)
+        text = models.text_folder(folder, where="prior")
+        models.check_parts(folder, text)
+        own, prior = own_parts(folder), models.load_prior(folder)
+    lora_file.load(prior, file)
     adapter.set_scale(prior, scale)
     adapter.merge(prior)
     if name := not_finite(dict(prior.named_parameters())):
         raise UserError(f"--scale {scale} makes {name} infinite or NaN. Nothing was written.")
     try:
         with replacing(output) as draft:
-            prior.save_pretrained(draft)
+            export.write_parts(draft, prior, text, own.get("resolution"))
+            for part in own.keys() - {"resolution"}:
+                shutil.copytree(own[part], draft / part)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} was not written: {reason(error)}") from None
     print(f"{output}: the prior of {source} with {scale} × {file}")
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.lora", allow_abbrev=False)
+    parser = Parser(prog="python -m minwurst.lora")
     verbs = parser.add_subparsers(dest="verb", required=True)
     shown = verbs.add_parser("show", help="show what a LoRA file contains")
     merged = verbs.add_parser("merge", help="merge a LoRA into a prior's weights")

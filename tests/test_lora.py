@@ -1,21 +1,27 @@
 """LoRA and DoRA: start as identity, merging is exact, files work in diffusers and PEFT."""
 
+import json
+import re
+import shutil
+import sys
 
 import diffusers
 import peft
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minwurst import lora as program
+from minwurst import sample
 from minwurst.base.errors import UserError
 from minwurst.base.settings import LoRASettings, parse
-from minwurst.edge import lora_file, models
+from minwurst.edge import export, lora_file, models
 from minwurst.step import adapter
 from tests import reference, tiny
-from tests.conftest import ROOT, relative
+from tests.conftest import ROOT, command, relative, train_here
 
 INPUTS = torch.randn(2, 16, 3, 3), torch.tensor([0.3, 0.8]), torch.randn(2, 77, 32)
 
@@ -475,10 +481,58 @@ def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys, dora):
     run("merge", tmp_path, wuerstchen, tmp_path / "merged", "--scale", "0.5")
     adapter.set_scale(prior.eval(), 0.5)
     assert relative(predict(models.load_prior(tmp_path / "merged")), predict(prior)) < 1e-5
+    with pytest.raises(SystemExit, match="minwurst.lora: prior ./nowhere: no such folder"):
+        run("merge", tmp_path, "./nowhere", tmp_path / "other")
+    with pytest.raises(SystemExit, match=f"minwurst.lora: prior {tmp_path}: .* not a complete"):
+        run("merge", tmp_path, tmp_path, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
     with pytest.raises(SystemExit, match="minwurst.lora: .* already exists: choose a new folder"):
         run("merge", tmp_path, wuerstchen, wuerstchen)
     with pytest.raises(SystemExit, match="minwurst.lora: LoRA .*nothing: no such file"):
         run("show", tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_a_merged_folder_works_by_itself(wuerstchen, tmp_path, monkeypatch):
+    """With minwurst.sample, with train.py, and with diffusers' parts as in the README."""
+    base = shutil.copytree(wuerstchen, tmp_path / "base")
+    export.write_index(base, resolution=96)
+    file, merged = tmp_path / lora_file.FILE, tmp_path / "merged"
+    prior = lora_file.load(models.load_prior(base), lora_file.save(make_adapted(), file))
+    program.merge(file, base, merged, 0.7)
+    shutil.rmtree(base)
+    monkeypatch.chdir(tmp_path)
+    sample.main(parse(sample.SampleSettings, ["--prompt=a bear", "--prior=merged"]))
+    with Image.open("samples/a_bear.png") as image:
+        assert image.size == (128, 128)
+    nothing = dict.fromkeys(["image_encoder_name_or_path", "resolution"])
+    run = train_here(merged, tmp_path / "run", max_train_steps=1, **nothing)
+    known = json.loads((run / "run.json").read_text())["settings"]
+    assert known["resolution"] == 96
+    assert known["image_encoder_name_or_path"] == str(merged / "image_encoder")
+
+    adapter.set_scale(prior, 0.7)
+    pipeline = reference.prior_pipeline(merged)
+    with torch.no_grad():
+        assert relative(pipeline.prior(*INPUTS), predict(prior)) < 1e-5
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("runs/demo/prior_pipeline", str(merged))
+    assert "torch.Size([1, 16, 3, 3])" in command(sys.executable, "-c", code)[1]
+
+
+def test_a_prior_alone_is_merged_with_the_text_encoder_of_training(
+    wuerstchen, tmp_path, monkeypatch
+):
+    alone = shutil.copytree(wuerstchen / "prior", tmp_path / "alone")
+    monkeypatch.setattr(models, "COMPLETE", str(wuerstchen))  # it is a repository otherwise
+    file = lora_file.save(make_adapted(), tmp_path / lora_file.FILE)
+    program.merge(file, alone, tmp_path / "merged", 1.0)
+    for part in ("text_encoder", "tokenizer"):
+        copied = models.fingerprint(tmp_path / "merged" / part)
+        assert copied == models.fingerprint(wuerstchen / part)
+    models.check_parts(tmp_path / "merged", tmp_path / "merged")
+    assert not (tmp_path / "merged/decoder").exists()  # the alone prior has none
 
 
 # ---- Consistency with train.py.
