@@ -4,11 +4,13 @@
     python -m minwurst.sample --prompt "a bear" --lora runs/demo-lora --lora_scale 0 0.5 1
 
 An image depends on its prompt, its number and the seed, and not on the other images. With a run's
-seed, the first image of a prompt is the one that validation generates.
+seed, which is the default, the first image of a prompt is the one that validation generated last.
 """
 
 import dataclasses
+import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -17,9 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from minwurst import miniature
 from minwurst.base import prompts
 from minwurst.base.console import progress, say
-from minwurst.base.errors import UserError, one_line
+from minwurst.base.errors import UserError, blame, one_line
+from minwurst.base.model_folder import own_parts
 from minwurst.base.settings import DEMO_HELP, LARGEST_SIDE, Settings, check_limits, parse, section
-from minwurst.edge import files, lora_file, models, run_file
+from minwurst.edge import export, files, lora_file, models, run_file
 from minwurst.edge.decoders import PIXELS, FullDecoder, latent_shape
 from minwurst.edge.grids import grid
 from minwurst.run.validation import EvaluationModel, generate_latents
@@ -27,6 +30,7 @@ from minwurst.step import adapter, distributed, randomness
 from minwurst.step.encoders import Encoders
 from minwurst.step.optimizer import NoEMA
 
+PRIOR, DECODER = "pretrained_prior_model_name_or_path", "pretrained_decoder_model_name_or_path"
 what, model, how = map(section, ("What to generate", "Model", "How"))
 
 
@@ -41,11 +45,12 @@ class SampleSettings:
         "--width 1536 --height 1024 and --seed 3, which override these flags.",
     )
     num_images: int = what(1, "Images per prompt.", at_least=1)
-    seed: int = what(0, "Random seed.", at_least=0)
+    seed: int = what(None, "Random seed. Default: the run's, else 0.", at_least=0)
     output: str = what(
-        "pictures.png",
+        None,
         "File to write. With several images, this is the grid, and the images are numbered files "
-        "beside it.",
+        "beside it. Default: a new file, named by the prompt, in samples/ in the run's folder, or "
+        "in the working directory.",
     )
 
     demo: bool = model(False, DEMO_HELP)
@@ -63,12 +68,16 @@ class SampleSettings:
     )  # fmt: skip
     decoder: str = model(
         None,
-        "Folder or Hub repository of the decoder. Default: the run's, else warp-ai/wuerstchen.",
+        "Folder or Hub repository of the decoder. Default: the run's or the one in the prior's "
+        "folder, else warp-ai/wuerstchen.",
     )
     cache_dir: str = model(None, "Folder for downloaded models.")
 
     resolution: int = how(
-        None, "As in training: 768 gives 1024 pixels. Default: the run's, else 768.", at_least=32,
+        None,
+        "As in training: 768 gives 1024 pixels. Default: the run's, or what the prior's folder "
+        "says, else 768.",
+        at_least=32,
         at_most=LARGEST_SIDE,
     )
     width: int = how(
@@ -80,7 +89,7 @@ class SampleSettings:
     )
     mixed_precision: str = how(
         None,
-        "Data type of the forward passes. Default: bf16 on a GPU, no on a CPU.",
+        "Data type of the forward passes. Default: on a GPU the run's, else bf16; no on a CPU.",
         choices=("no", "fp16", "bf16"),
     )
 
@@ -96,9 +105,9 @@ class SampleSettings:
         self.prompts()
         if not self.lora and self.lora_scale != SampleSettings.lora_scale:
             raise UserError("--lora_scale needs a --lora.")
-        if Path(self.output).suffix != ".png":
+        if self.output is not None and Path(self.output).suffix != ".png":
             raise UserError(f"--output {self.output}: the name must end in .png.")
-        if Path(self.output).is_dir():
+        if self.output is not None and Path(self.output).is_dir():
             raise UserError(f"--output {self.output}: this is a folder.")
 
     def prompts(self):
@@ -112,74 +121,108 @@ class SampleSettings:
         return completed
 
 
-def settings_of_run(path):
-    """The settings of the run whose output folder, or file in it, this is; {} if it is none."""
-    if not path:
-        return {}
-    folder = Path(path).parent if Path(path).is_file() else Path(path)
-    if not (folder / run_file.FILE).is_file():
-        return {}
-    return run_file.read(folder)["settings"]
+@dataclasses.dataclass
+class Found:
+    """What there is to sample with: folders, and side, that of the latents by default."""
+
+    prior: Path
+    text: Path
+    decoder: Path
+    lora: str | None
+    side: int
+
+
+def find(settings, known):
+    """Find and check all parts, before anything large is loaded; a UserError begins with its flag.
+
+    known: the settings of the run that is sampled from, or {}.
+    """
+    lora = None
+    if settings.lora:
+        with blame("--lora", settings.lora):
+            if (Path(settings.lora) / export.FOLDER).is_dir():
+                raise UserError(f"it contains no LoRA but a prior: give --prior {settings.lora}.")
+            lora = models.locate_lora(settings.lora, settings.cache_dir)
+            lora_file.read(lora)
+    name = settings.prior or known.get(PRIOR) or getattr(Settings, PRIOR)
+    with blame("--prior", name):
+        if (Path(name) / lora_file.FILE).is_file() and not (Path(name) / "prior").is_dir():
+            raise UserError(f"it contains no prior but a LoRA: give --lora {name}.")
+        if (Path(name) / export.FOLDER).is_dir():
+            name = Path(name) / export.FOLDER
+        advice = "" if settings.prior or not known else " The run has trained from this one."
+        prior = models.locate("--prior", name, settings.cache_dir, advice)
+        text = models.text_folder(prior, settings.cache_dir, "--prior")
+        models.check_parts(prior, text)
+        own = own_parts(prior)
+    of_run = {"decoder": known.get(DECODER), "resolution": known.get("resolution")}
+    # A prior on the command line may be another than the run's.
+    first, second = (own, of_run) if settings.prior else (of_run, own)
+    name = settings.decoder or first.get("decoder") or second.get("decoder")
+    name = name or getattr(Settings, DECODER)
+    with blame("--decoder", name):
+        decoder = models.locate("--decoder", name, settings.cache_dir)
+        models.check_decoder(decoder)
+    resolution = settings.resolution or first.get("resolution") or second.get("resolution")
+    settings.resolution = resolution or Settings.resolution
+    return Found(prior, text, decoder, lora, settings.resolution // 32)
+
+
+def new_file(folder, prompt):
+    """A .png file that does not exist yet, named by the prompt."""
+    name = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40] or "image"
+    names = itertools.chain([name], (f"{name}.{n}" for n in itertools.count(2)))
+    return next(file for name in names if not (file := folder / f"{name}.png").exists())
 
 
 def main(settings):
     """Generate and write the images, and print where they are."""
     device = distributed.start()
-    files.make_folder(Path(settings.output).parent, "output")
-    known = settings_of_run(settings.lora or settings.prior)
-
-    def setting(name, flag):
-        """The command line's value, else the run's, else train.py's default."""
-        return getattr(settings, flag) or known.get(name) or getattr(Settings, name)
-
-    # ---- Everything is found and checked before anything large is loaded.
-    prior_name = setting("pretrained_prior_model_name_or_path", "prior")
-    if (Path(prior_name) / "prior_pipeline").is_dir():
-        prior_name = Path(prior_name) / "prior_pipeline"
-    prior_folder = models.locate("prior", str(prior_name), settings.cache_dir)
-    text_folder = models.text_folder(prior_folder, settings.cache_dir)
-    models.check_parts(prior_folder, text_folder)
-    decoder = setting("pretrained_decoder_model_name_or_path", "decoder")
-    decoder_folder = models.locate("decoder", decoder, settings.cache_dir)
-    models.check_decoder(decoder_folder)
-    lora = settings.lora and models.locate_lora(settings.lora, settings.cache_dir)
-    if lora:
-        lora_file.read(lora)
-    settings.resolution = setting("resolution", "resolution")
-    check_limits(settings)  # of a run, too
-    trained = settings.resolution // 32
+    for note in settings.notes:
+        say(note)
+    run = run_file.folder_of(settings.lora) or run_file.folder_of(settings.prior)
+    known = run_file.read(run)["settings"] if run else {}
+    if settings.seed is None:
+        settings.seed = known.get("seed") or 0
+    folder = Path(settings.output).parent if settings.output else (run or Path()) / "samples"
+    files.make_folder(folder, "output")
+    found = find(settings, known)
+    check_limits(settings)  # what the run and the folder say, too
     for prompt in settings.prompts():
-        height, width = latent_shape(FullDecoder, prompt, trained)
-        asked = (prompt.height, prompt.width) if prompt.height else (trained * PIXELS,) * 2
+        height, width = latent_shape(FullDecoder, prompt, found.side)
+        asked = (prompt.height, prompt.width) if prompt.height else (found.side * PIXELS,) * 2
         made = height * PIXELS, width * PIXELS
         if any(abs(one - other) > 2 for one, other in zip(asked, made, strict=True)):
             say(f"“{prompt.line}” is generated at about {made[1]:.0f}×{made[0]:.0f} pixels.")
 
     # ---- Text, prior, latents.
-    precision = settings.mixed_precision or ("bf16" if device.type == "cuda" else "no")
+    usual = known.get("mixed_precision", "bf16") if device.type == "cuda" else "no"
+    precision = settings.mixed_precision or usual
     compute_type = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     autocast = torch.autocast(device.type, compute_type, enabled=precision != "no")
     encoders = Encoders(
-        lambda: models.load_text(text_folder, compute_type), None, compute_type, device
+        lambda: models.load_text(found.text, compute_type), None, compute_type, device
     )
-    encoders.add_prompts([prompt.text for prompt in settings.prompts()])
-    encoders.unload()
-    prior = models.load_prior(prior_folder, compute_type, as_trained=not lora).to(device)
-    if lora:
-        lora_file.load(prior, lora)
+    with blame("--prior", found.prior):
+        encoders.add_prompts([prompt.text for prompt in settings.prompts()])
+        encoders.unload()
+        prior = models.load_prior(found.prior, compute_type, as_trained=not found.lora).to(device)
+    if found.lora:
+        with blame("--lora", found.lora):
+            lora_file.load(prior, found.lora)
     generator = EvaluationModel(prior, NoEMA(), autocast)
     wanted = [
         (scale, prompt, number)
         for prompt in settings.prompts()
         for number in range(settings.num_images)
-        for scale in (settings.lora_scale if lora else [None])
+        for scale in (settings.lora_scale if found.lora else [None])
     ]
     latents = []
     with generator.active():
         for scale, prompt, number in progress(wanted, "images"):  # one by one, to save memory
             if scale is not None:
                 adapter.set_scale(prior, scale)
-            shape = prior.config.c_in, *latent_shape(FullDecoder, prompt, trained)
+            shape = prior.config.c_in, *latent_shape(FullDecoder, prompt, found.side)
             latents.append(generate_latents(
                 generator, encoders.prompts[prompt.text], shape, seed=prompt.seed,
                 key=randomness.image_key(prompt.text, number), guidance=settings.guidance_scale,
@@ -192,21 +235,22 @@ def main(settings):
     del prior, generator  # to make room for the decoder
 
     # ---- Images.
-    decode = FullDecoder(decoder_folder, device, half=precision != "no")
+    with blame("--decoder", found.decoder):
+        decode = FullDecoder(found.decoder, device, half=precision != "no")
     images = []
     with decode.on_device():
         for (_, prompt, number), x in zip(wanted, latents, strict=True):
             key = randomness.image_key(prompt.text, number)
             images.append(decode(x, prompt.text, randomness.decoding_generator(prompt.seed, key)))
+    output = Path(settings.output or new_file(folder, settings.prompts()[0].text))
     try:
-        write(images, wanted, settings)
+        write(images, wanted, settings, output)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {settings.output}: {files.reason(error)}") from None
+        raise UserError(f"--output {output}: {files.reason(error)}") from None
 
 
-def write(images, wanted, settings):
+def write(images, wanted, settings, output):
     """Write the images and, if there are several, their grid; one row per image and its scales."""
-    output = Path(settings.output)
     names = [output]
     if len(images) > 1:
         names = [output.with_stem(f"{output.stem}-{n}") for n in range(1, len(images) + 1)]
@@ -226,4 +270,4 @@ def write(images, wanted, settings):
 
 if __name__ == "__main__":
     with one_line("minwurst.sample"):
-        main(parse(SampleSettings, demo=miniature.SAMPLE))
+        main(parse(SampleSettings, demo=miniature.SAMPLE, prog="python -m minwurst.sample"))

@@ -1,6 +1,9 @@
 """Latents to images: the decoder against diffusers', the preview on linear data, the grids."""
 
+import json
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +13,13 @@ from PIL import Image
 from minwurst import pipelines, sample
 from minwurst.base.errors import UserError
 from minwurst.base.settings import parse
-from minwurst.edge import grids, lora_file, models
+from minwurst.edge import export, grids, lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder
 from minwurst.lora import merge
 from minwurst.step import adapter, diffusion, images, randomness
 from minwurst.step.encoders import encode_text
-from tests import reference
-from tests.conftest import relative, train_here
+from tests import reference, tiny
+from tests.conftest import ROOT, relative, train_here
 
 pytestmark = pytest.mark.slow
 
@@ -154,8 +157,8 @@ def test_sampling_takes_what_it_lacks_from_the_run(wuerstchen, tmp_path, monkeyp
     of_file = sampled(tmp_path / "b", "--prompt=a bear", f"--lora={run / lora_file.FILE}")
     assert pixels(of_folder[0]) == pixels(of_file[0])
     monkeypatch.chdir(run)
-    assert sample.settings_of_run(None) == {}
-    with pytest.raises(UserError, match="prior/config.json is missing"):
+    assert run_file.folder_of(None) is None
+    with pytest.raises(UserError, match=f"--prior {run}: .*a LoRA: give --lora {run}"):
         sampled(tmp_path / "c", "--prompt=a bear", f"--prior={run}")
 
 
@@ -183,13 +186,11 @@ def test_scales_of_a_lora_side_by_side(wuerstchen, tmp_path):
     assert len(found) == 4
     with Image.open(tmp_path / "out/x.png") as sheet:
         assert sheet.width < sheet.height  # one row per prompt, one column per scale
-    base = ["--prompt=a car", f"--prior={wuerstchen}", f"--decoder={wuerstchen / 'decoder'}"]
-    assert [found[2]] == [pixels(f) for f in sampled(tmp_path / "base", *base, "--resolution=96")]
+    base = ["--prompt=a car", f"--prior={wuerstchen}", "--seed=7", words[-1]]  # the run's seed
+    assert [found[2]] == [pixels(file) for file in sampled(tmp_path / "base", *base)]
     assert found[3] != found[2]
-    whole = shutil.copytree(wuerstchen, tmp_path / "whole")
-    shutil.rmtree(whole / "prior")
-    merge(run / lora_file.FILE, str(wuerstchen), whole / "prior", 1.0)
-    words = [*words[:3], f"--prior={whole}", base[2], words[-1]]
+    merge(run / lora_file.FILE, str(wuerstchen), tmp_path / "merged", 1.0)
+    words = [*words[:3], f"--prior={tmp_path / 'merged'}", *base[2:]]
     merged = sampled(tmp_path / "m", *words)
     for one, other in zip(found[1::2], map(pixels, merged), strict=True):
         apart = np.frombuffer(one, np.uint8).astype(int) - np.frombuffer(other, np.uint8)
@@ -211,10 +212,14 @@ def test_numbers_and_guidance(wuerstchen, tmp_path):
     [
         ([], "--prompt is missing"),
         (["--prompt=x", "--prior=nowhere/at/all"], "--prior nowhere/at/all: no such"),
-        (["--prompt=x", "--prior=WUERSTCHEN"], "--decoder warp-ai/wuerstchen: no such"),
+        (["--prompt=x", "--prior=PRIOR"], "--decoder warp-ai/wuerstchen: no such"),
+        (["--prompt=x", "--prior=PRIOR/prior"], "--prior warp-ai/.* text encoder that .* lacks"),
+        (["--prompt=x", "--prior=."], "^--prior .: .*: prior/config.json is missing"),
+        (["--prompt=x", "--lora=runs/nothing"], "^--lora runs/nothing: no such local folder"),
+        (["--prompt=x", "--lora=."], "^--lora .: LoRA pytorch_lora_weights.safetensors: no such"),
         (
             ["--prompt=x", "--prior=WUERSTCHEN", "--decoder=WUERSTCHEN"],
-            "not a complete decoder folder",
+            "^--decoder .*not a complete decoder folder",
         ),
         (["--prompt=x", "--lora_scale=2"], "--lora_scale needs a --lora"),
         (["--prompt=x", "--output=x.jpg"], "must end in .png"),
@@ -223,12 +228,91 @@ def test_numbers_and_guidance(wuerstchen, tmp_path):
         (["--prompt=x", "--output=/proc/x/y.png"], "--output /proc/x is not writable"),
         (
             ["--prompt=x", "--prior=WUERSTCHEN", "--decoder=WUERSTCHEN/decoder", "--lora=nowhere"],
-            "LoRA nowhere: no such file",
+            "^--lora nowhere: no such file",
         ),
     ],
 )
 def test_mistakes_are_one_line(wuerstchen, tmp_path, monkeypatch, words, said):
+    prior = tmp_path / "prior"  # without a decoder
+    export.save_pipeline(models.load_prior(wuerstchen), prior, wuerstchen)
     words = [word.replace("WUERSTCHEN", str(wuerstchen)) for word in words]
+    words = [word.replace("PRIOR", str(prior)) for word in words]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
         sample.main(parse(sample.SampleSettings, words))
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"),
+    [
+        ("base/prior/diffusion_pytorch_model.safetensors", "--prior"),
+        ("base/text_encoder/model.safetensors", "--prior"),
+        ("base/tokenizer/tokenizer.json", "--prior"),
+        ("base/decoder/vqgan/diffusion_pytorch_model.safetensors", "--decoder"),
+        ("base/decoder/text_encoder/config.json", "--decoder"),
+        ("run/pytorch_lora_weights.safetensors", "--lora"),
+        ("run/run.json", "run"),
+    ],
+)
+def test_a_broken_part_names_its_flag(wuerstchen, tmp_path, broken_run, monkeypatch, part, flag):
+    shutil.copytree(broken_run, tmp_path / "all")
+    monkeypatch.chdir(tmp_path / "all")
+    words = ["--prompt=x", "--prior=base", "--lora=run", "--resolution=96"]
+    Path(part).write_bytes(Path(part).read_bytes()[:50])
+    with pytest.raises(UserError, match=f"^{flag} "):
+        sample.main(parse(sample.SampleSettings, words))
+
+
+@pytest.fixture(scope="module")
+def broken_run(wuerstchen, tmp_path_factory):
+    """A base and a LoRA's run, to be damaged."""
+    folder = tmp_path_factory.mktemp("broken")
+    shutil.copytree(wuerstchen, folder / "base")
+    train_here(folder / "base", folder / "run", "lora.py", max_train_steps=1)
+    return folder
+
+
+def test_a_lora_for_another_prior_names_its_flag(wuerstchen, tmp_path, broken_run):
+    base = shutil.copytree(wuerstchen, tmp_path / "base")
+    tiny.make_prior(c=32).save_pretrained(base / "prior")
+    with pytest.raises(UserError, match="^--lora .*: blocks.* wide, but 32"):
+        sampled(tmp_path, "--prompt=x", f"--prior={base}", f"--lora={broken_run / 'run'}")
+    with pytest.raises(UserError, match=f"^--lora {base}: LoRA .*no such file"):
+        sampled(tmp_path, "--prompt=x", f"--lora={base}")
+
+
+def test_images_go_beside_the_run_under_new_names(wuerstchen, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def generate(*words):
+        sample.main(parse(sample.SampleSettings, [*words, "--resolution=96"]))
+        return capsys.readouterr().out.strip().splitlines()[-1]
+
+    run = train_here(wuerstchen, tmp_path / "run", max_train_steps=1)
+    bear = ["--prompt", "A bear, at night!"]
+    assert generate(*bear, f"--prior={run}") == f"{run}/samples/a_bear_at_night.png"
+    assert generate(*bear, f"--prior={run / 'prior_pipeline'}", "--seed=1") == (
+        f"{run}/samples/a_bear_at_night.2.png"
+    )
+    with_seeds = [
+        json.loads(Image.open(f"{run}/samples/a_bear_at_night{n}.png").text["minwurst"])["seed"]
+        for n in ("", ".2")
+    ]
+    assert with_seeds == [7, 1]  # the run's own by default
+    prior = f"--prior={wuerstchen}"
+    assert generate("--prompt", "…", "x", prior) == "samples/image.png, image-1.png to image-2.png"
+    assert generate("--prompt", "x", prior) == "samples/x.png"
+    assert json.loads(Image.open("samples/x.png").text["minwurst"])["seed"] == 0
+    assert generate("--prompt", "x", prior, "--output=mine.png") == "mine.png"
+    ignored = subprocess.run(["git", "check-ignore", "samples/x.png"], cwd=ROOT)
+    assert ignored.returncode == 0
+
+
+def test_a_priors_folder_brings_decoder_and_resolution(wuerstchen, tmp_path):
+    base = shutil.copytree(wuerstchen, tmp_path / "base")
+    export.write_index(base, resolution=192)
+    (file,) = sampled(tmp_path, "--prompt=x", f"--prior={base}")
+    generate = pipelines.load(base)
+    assert generate.size == 6 and levels_apart(generate("x"), Image.open(file)) <= 1
+    (small,) = sampled(tmp_path / "small", "--prompt=x", f"--prior={base}", "--resolution=96")
+    assert (Image.open(file).size, Image.open(small).size) == ((256, 256), (128, 128))

@@ -7,6 +7,7 @@ A Hub repository that has not been downloaded is no folder and gives {}.
 """
 
 import json
+import os
 from pathlib import Path
 
 from minwurst.base.errors import UserError
@@ -18,9 +19,9 @@ def own_parts(folder):
     """The parts that are there, as paths, and the resolution the folder says it was trained at."""
     folder, found = Path(folder), {}
     for part, file in (("image_encoder", "config.json"), ("decoder", "decoder/config.json")):
-        if (folder / part / file).is_file():
+        if os.path.isfile(folder / part / file):
             found[part] = str(folder / part)
-    if (folder / INDEX).is_file():
+    if os.path.isfile(folder / INDEX):
         try:
             resolution = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("resolution")
             assert resolution is None or isinstance(resolution, int)

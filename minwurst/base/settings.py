@@ -426,8 +426,8 @@ class Settings:
 
     def check(self):
         """Raise UserError for values that no run can use."""
-        check_limits(self)
         self.complete_model()
+        check_limits(self)
         self.complete_objective()
         if self.validation_prompt_file:
             lines = prompts.read(self.validation_prompt_file, "validation_prompt_file")
@@ -571,7 +571,7 @@ def check_number(name, value, facts):
 
 def short(path):
     """A path relative to the working directory, if that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)
+    return min(str(path), os.path.relpath(path or "."), key=len)
 
 
 def as_flags(values):

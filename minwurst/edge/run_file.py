@@ -15,6 +15,7 @@ from minwurst.base.console import say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import world_size
 from minwurst.base.settings import LoRASettings, public
+from minwurst.edge import export
 from minwurst.edge.files import read_json, reason, replacing
 
 FILE = "run.json"
@@ -37,6 +38,15 @@ def earlier(folder):
         return {}
 
 
+def folder_of(path):
+    """The output folder of the run whose folder, result or file this is; None if it is none."""
+    if not path:
+        return None
+    path = Path(path)
+    places = (path, path.parent) if path.is_file() or path.name == export.FOLDER else (path,)
+    return next((folder for folder in places if (folder / FILE).is_file()), None)
+
+
 def write(run):
     """Write a Run's run.json. Each start of the run adds an entry to `starts`."""
     file, settings = run.folder / FILE, public(run.settings)
@@ -55,6 +65,7 @@ def write(run):
         "identity": run.identity,
         "published": publishable_names(settings, run.parts.prior_alone),
         "steps": max(run.last_step, run.step),
+        "images": run.rows,
         "prediction_type": run.identity["prediction"],
         "starts": [*(starts if isinstance(starts, list) else ()), start],
     }
@@ -78,6 +89,8 @@ def read(folder):
             kinds = KINDS.get(name)
             if kinds and not isinstance(value, kinds):
                 raise TypeError(f"{name} is {value!r:.40}")
+        result = run.get("result")
+        found |= {"images": run.get("images"), "result": result if isinstance(result, dict) else {}}
         return {**found, "prediction_type": run.get("prediction_type", "epsilon")}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
