@@ -120,6 +120,7 @@ def test_the_card(loopback, pushed, script, tmp_path):
     assert f"| learning_rate | {rate} |" in text and "| mixed_precision | fp16 |" in text
     assert str(Path(pushed[script][0])) not in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code.startswith("# It loads part by part: ") and "not on the Hub" not in text
     code = f"import os; os.chdir({str(tmp_path)!r})\n{code}"
     variables = {**loopback.variables, "HF_HOME": str(tmp_path)}
     command(sys.executable, "-c", code, **variables)
@@ -215,11 +216,21 @@ def test_a_card_names_no_folder_of_ours(finished, monkeypatch, tmp_path):
     run = run_file.read(finished)
     run["settings"] |= {"dataset_name": "secret/client", "validation_prompts": ["a | 'b'\n{c} `"]}
     assert run["published"] == {
-        "base": None, "decoder": "warp-ai/wuerstchen", "data": None, "prior_alone": False,
+        "base": None, "decoder": None, "data": None, "prior_alone": False,
     }  # fmt: skip
     text = card.card(run, "me/x", push.results(finished, run))
     assert "secret" not in text and str(finished.parent) not in text
     assert "Replace THE/BASE" in text and "lora_targets" not in text
+    assert "It started from a base that is not on the Hub. Its decoder is not on the Hub." in text
+    assert "# Replace THE/DECODER by the decoder's repository or folder.\ndecoder = " in text
+    assert "warp-ai/wuerstchen\"" not in text and f"out of {len(tiny.rows())}, on 1 × cpu" in text
+    assert "held-out" not in text.split("## Training")[1]
+    run["result"] = {"validation_loss": 0.51236, "lowest_validation_loss": 0.41}
+    measured = card.card(run, "me/x", push.results(finished, run))
+    assert "Loss on held-out images: 0.5124 (lowest: 0.4100); predicting zero" in measured
+    del run["images"]  # an older run's file
+    with_less = card.card({**run, "images": None}, "me/x", push.results(finished, run))
+    assert "out of" not in with_less
     run["settings"].pop("use_dora")  # as in an older run's file
     assert "A LoRA of rank 4 for" in card.card(run, "me/x", push.results(finished, run))
     run["settings"]["use_dora"] = True

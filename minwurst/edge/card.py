@@ -3,7 +3,7 @@
 import huggingface_hub
 
 from minwurst.base.prompts import Prompt
-from minwurst.base.settings import LoRASettings, Settings, facts_of, public
+from minwurst.base.settings import LoRASettings, facts_of, public
 from minwurst.edge import lora_file, models
 from minwurst.edge.decoders import PIXELS, FullDecoder
 from minwurst.edge.grids import BEFORE_AFTER
@@ -15,7 +15,7 @@ CARD = """---
 # {name}
 
 {what} the prior (Stage C) of [Würstchen v2](https://huggingface.co/papers/2306.00637), trained with
-minwurst on {data}. It {start}.
+minwurst on {data}. It {start}.{decoder}
 
 {images}
 
@@ -27,16 +27,16 @@ minwurst on {data}. It {start}.
 
 ## Training
 
-Steps: {steps}, with {global_batch} images each, on {device}, with torch {torch} and diffusers
-{diffusers}.
+Steps: {steps}, with {global_batch} images each{rows}, on {device}, with torch {torch} and diffusers
+{diffusers}.{loss}
 
 | setting | value |
 |---|---|
 {settings}
 """
 
-# Part by part, because no Würstchen pipeline has loaded as a whole since diffusers 0.38.
-SNIPPET = """import inspect
+SNIPPET = """# It loads part by part: since diffusers 0.38, no Würstchen pipeline loads as a whole.
+import inspect
 
 import torch
 from diffusers import DDPMWuerstchenScheduler, WuerstchenDecoderPipeline, WuerstchenPriorPipeline
@@ -50,7 +50,7 @@ prior = WuerstchenPriorPipeline(
     tokenizer=CLIPTokenizerFast.from_pretrained("{text}", subfolder="tokenizer"),
     scheduler=DDPMWuerstchenScheduler(),
 )
-{lora}decoder = WuerstchenDecoderPipeline(
+{lora}{replace}decoder = WuerstchenDecoderPipeline(
     decoder=stages_b_and_a.WuerstchenDiffNeXt.from_pretrained("{decoder}", subfolder="decoder"),
     vqgan=stages_b_and_a.PaellaVQModel.from_pretrained("{decoder}", subfolder="vqgan"),
     text_encoder=CLIPTextModel.from_pretrained("{decoder}", subfolder="text_encoder"),
@@ -104,6 +104,7 @@ def card(run, repository, files):
         else f"started from `{base}`"
         if base
         else "started from a base that is not on the Hub",
+        decoder="" if run["published"]["decoder"] else " Its decoder is not on the Hub.",
         data=f"`{data}`" if data else "captioned images",
         images=f"![before and after training]({BEFORE_AFTER})\n\nPrompts: {listed}"
         if BEFORE_AFTER in files
@@ -113,9 +114,20 @@ def card(run, repository, files):
         else NO_SNIPPET.format(kind="lora" if is_lora else "prior", repository=repository, **run),
         settings="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
         global_batch=run["identity"]["global_batch"],
+        rows=f", out of {run['images']:,}" if run["images"] else "",
+        loss=held_out(run["result"]),
         steps=run["steps"],
         **{name: run["starts"][-1][name] for name in ("device", "torch", "diffusers")},
     )
+
+
+def held_out(result):
+    """A sentence about the loss on held-out rows, or "" where there were none."""
+    final, lowest = result.get("validation_loss"), result.get("lowest_validation_loss")
+    if not isinstance(final, int | float):
+        return ""
+    best = f" (lowest: {lowest:.4f})" if isinstance(lowest, int | float) else ""
+    return f"\nLoss on held-out images: {final:.4f}{best}; predicting zero noise gives 1."
 
 
 def snippet(repository, run, prompt, is_lora):
@@ -124,6 +136,7 @@ def snippet(repository, run, prompt, is_lora):
     base, alone = names["base"] or "THE/BASE", is_lora and names["prior_alone"]
     side = int(FullDecoder.latent_size(run["settings"]["resolution"] // 32) * PIXELS)
     advice = "" if names["base"] else "# Replace THE/BASE by the base's repository or folder.\n"
+    decoder = names["decoder"] or "THE/DECODER"
     return SNIPPET.format(
         prior=base if is_lora else repository,
         subfolder="None" if alone else '"prior"',
@@ -131,7 +144,10 @@ def snippet(repository, run, prompt, is_lora):
         lora=LORA_LINE.format(repository=repository, file=lora_file.FILE, advice=advice)
         if is_lora
         else "",
-        decoder=names["decoder"] or Settings.pretrained_decoder_model_name_or_path,
+        decoder=decoder,
+        replace=""
+        if names["decoder"]
+        else f"# Replace {decoder} by the decoder's repository or folder.\n",
         prompt=prompt.text,
         height=prompt.height or side,
         width=prompt.width or side,
