@@ -468,7 +468,7 @@ class Settings:
             ("resolution", "resolution"),
         ):
             is_given = name in self.given or getattr(self, name) != getattr(type(self), name)
-            if part in found and not is_given:
+            if not is_given and found.get(part, getattr(self, name)) != getattr(self, name):
                 setattr(self, name, found[part])
                 taken.append(f"{part} {found[part]}" if part == "resolution" else f"{part}/")
         if taken:
