@@ -39,7 +39,7 @@ def listed(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_files(monkeypatch):
-    monkeypatch.setattr(cache, "SHARD", 16)
+    monkeypatch.setattr(sharded, "SHARD", 16)
 
 
 def encoders_of(wuerstchen, compute_type=torch.float32):
@@ -327,7 +327,7 @@ def test_a_write_that_fails_leaves_nothing_half(wuerstchen, tmp_path, monkeypatc
         file.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(sharded, "save_file", full)
     with pytest.raises(UserError, match="text-00000000.safetensors was not written: No space") as e:
         train_here(wuerstchen, tmp_path, cache_latents=True)
     assert e.value.one_rank

@@ -41,7 +41,8 @@ def folder_for(root, **facts):
 class EncodedRows:
     """All rows' latents by row number, and all their captions' conditions by caption.
 
-    It has the methods of the encoders that it takes the place of.
+    It has the methods of the encoders that it takes the place of. rows: {number of a row: (shape,
+    index among the rows of this shape, caption or captions)}.
     """
 
     def __init__(self, folder, data, encoders):
@@ -53,7 +54,7 @@ class EncodedRows:
         numbers, texts = data.every["number"][:], data.every["text"][:]
         for index, (number, text) in enumerate(zip(numbers, texts, strict=True)):
             shape = data.shape_of[number]
-            self.rows[number] = shape, len(members[shape])
+            self.rows[number] = shape, len(members[shape]), text
             members[shape].append(index)
             for caption in captions_of({"number": number, "text": text}):
                 self.captions.setdefault(caption, len(self.captions))
@@ -89,11 +90,12 @@ class EncodedSamples(Samples):
 
     def __init__(self, rows, *options, encoded, **more):
         super().__init__(rows, *options, **more)
-        self.encoded, self.texts = encoded, rows.select_columns(["text", "number"])
+        self.encoded, self.numbers = encoded, rows["number"][:]
 
     def __getitem__(self, position):
-        encoded, row = self.encoded, self.texts[self.buckets.at(position)[1]]
-        shape, index = encoded.rows[row["number"]]
+        encoded, number = self.encoded, self.numbers[self.buckets.at(position)[1]]
+        shape, index, text = encoded.rows[number]
+        row = {"number": number, "text": text}
         name = "flipped" if self.is_flipped(position) else "latents"
         return {
             "latents": encoded.latents[shape][index][name],                        # (16, h, w)

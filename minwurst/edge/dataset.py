@@ -4,7 +4,8 @@
     data = check_and_split(table, run)
     data.rows, data.held_out, data.fingerprint
 
-`datasets` reads the tables; images stay encoded until they are needed (step/images.py).
+`datasets` reads the tables; images stay encoded until they are needed (step/images.py). Rows of a
+source of one's own (rows.py) are trusted instead of read.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from minwurst.base.ranks import is_main, local_world_size, rank, world_size
 from minwurst.edge import files
 from minwurst.edge.folder import read_folder
 from minwurst.edge.good_rows import GoodRows
+from minwurst.edge.rows import Rows
 from minwurst.edge.shapes import shapes_for
 from minwurst.step import distributed, randomness
 from minwurst.step.buckets import STRIDE, nearest_shapes
@@ -37,7 +39,7 @@ from minwurst.step.samples import captions_of
 
 @dataclasses.dataclass
 class CaptionedImages:
-    """Rows {"image": {"bytes", "path"}, "text", "number"}, all of them checked.
+    """Rows {"image": {"bytes", "path"}, "text", "number"}, all of them checked, or trusted as Rows.
 
     rows: to train on; those of --skip_rows keep their places, but are never read. held_out: to
     validate on. every: both, in their original order. skipped: numbers of the rows of --skip_rows.
@@ -45,9 +47,9 @@ class CaptionedImages:
     latents, several with --aspect_buckets. shape_of: {number of a row: number of its shape}.
     """
 
-    rows: datasets.Dataset
-    held_out: datasets.Dataset
-    every: datasets.Dataset
+    rows: datasets.Dataset | Rows
+    held_out: datasets.Dataset | Rows
+    every: datasets.Dataset | Rows
     skipped: frozenset
     fingerprint: str
     shapes: list
@@ -63,17 +65,23 @@ class CaptionedImages:
 def check_and_split(table, run):
     """Check every row, hold some out, and give each its shape. All ranks must call it.
 
-    run: a Run, for its settings, seed and layout.
+    table: what `find` returned. run: a Run, for its settings, seed and layout.
     """
     settings, seed = run.settings, run.seed
     file = cache_folder(settings) / "good_rows.json"
-    good = GoodRows(file, table, settings.image_column)
     every = sample_rows(table, settings.max_train_samples, seed)
     skipped = frozenset(settings.skip_rows or ())
-    every, fingerprint, sizes = check_rows(
-        every, good, skip_bad=settings.skip_bad_samples, recheck=settings.recheck_data,
-        skipped=skipped,
-    )  # fmt: skip
+    read_all = settings.skip_bad_samples or settings.recheck_data or settings.aspect_buckets
+    if isinstance(table, Rows) and not read_all:
+        check_skipped(skipped, every["number"])
+        sizes = dict.fromkeys(every["number"], (1, 1))  # which the square does not depend on
+    else:
+        every, fingerprint, sizes = check_rows(
+            every, GoodRows(file, table, settings.image_column), skipped=skipped,
+            skip_bad=settings.skip_bad_samples, recheck=settings.recheck_data,
+        )  # fmt: skip
+    if isinstance(table, Rows):
+        fingerprint = every.fingerprint()
     rows, held_out = hold_out(every, settings.validation_split, seed)
     every, held_out = without(every, skipped), without(held_out, skipped)
     trained = [sizes[number] for number in rows["number"][:]]
@@ -244,19 +252,19 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
 
     def check_row(index):
         """(error or None, digest of the row or "", its image's size) of one row."""
-        row, size = rows[index], (1, 1)
+        number, size = numbers[index], (1, 1)
         try:
+            row = rows[index]
             captions = captions_of(row)
-            with contextlib.suppress(*[UserError] * (row["number"] in skipped)):
+            with contextlib.suppress(*[UserError] * (number in skipped)):
                 size = open_image(row).size
             return None, digest_of(row, captions), size
         except (UserError, OSError) as error:
-            line = str(error) if isinstance(error, UserError) else f"Row {row['number']}: {error}"
-            return (None if row["number"] in skipped else line), "", size
+            line = str(error) if isinstance(error, UserError) else f"Row {number}: {error}"
+            return (None if number in skipped else line), "", size
 
     numbers = rows["number"][:]
-    for number in sorted(skipped.difference(numbers)):
-        raise UserError(f"--skip_rows {number}: there is no such row, of {len(rows)}.")
+    check_skipped(skipped, numbers)
     checked = {index: known(numbers[index]) for index in range(rank(), len(rows), world_size())}
     unknown = [index for index, result in checked.items() if result is None]
     with ThreadPoolExecutor(threads()) as pool:
@@ -286,6 +294,12 @@ def check_rows(rows, good, *, skip_bad=False, recheck=False, skipped=frozenset()
     digests = [everyone[index][1] for index in sorted(everyone) if everyone[index][1]]
     sizes = {numbers[index]: everyone[index][2] for index in sorted(everyone)}
     return rows, hashlib.sha256("".join(digests).encode()).hexdigest()[:16], sizes
+
+
+def check_skipped(skipped, numbers):
+    """UserError for a number of --skip_rows that no row has."""
+    for number in sorted(skipped.difference(numbers)):
+        raise UserError(f"--skip_rows {number}: there is no such row, of {len(numbers)}.")
 
 
 def digest_of(row, captions):

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from minwurst.base.console import say
 from minwurst.edge.files import read_json, replacing
+from minwurst.edge.rows import Rows
 
 
 class GoodRows:
@@ -31,6 +32,9 @@ class GoodRows:
         with contextlib.suppress(OSError, ValueError):  # it only saves time
             entries = read_json(file).items()
             self.known = {n: e for n, e in entries if isinstance(e, list) and len(e) == 3}
+        if isinstance(rows, Rows):  # they may be anywhere, and are never taken for known
+            self.tables, self.rows = None, dict.fromkeys(rows.numbers.tolist(), (None, None))
+            return
         images, columns = rows.data.column("image"), ("number", "text")
         paths = pc.struct_field(images, "path").to_pylist()
         stored = pc.fill_null(pc.binary_length(pc.struct_field(images, "bytes")), 0).to_pylist()
