@@ -14,7 +14,7 @@ from minwurst.edge import lora_file, models
 from minwurst.edge.decoders import FullDecoder
 from minwurst.run.validation import EvaluationModel, generate_latents
 from minwurst.step import adapter, randomness
-from minwurst.step.encoders import encode_text
+from minwurst.step.encoders import condition_of
 from minwurst.step.optimizer import NoEMA
 
 
@@ -65,11 +65,11 @@ class Wuerstchen:
         height, width = size if isinstance(size, tuple) else (size, size)
         if [height, width] != [self.decode.latent_size(side) for side in (height, width)]:
             raise UserError(f"size is {size}; it must be a multiple of 3.")
-        states = encode_text(self.tokenizer, self.text_encoder, [prompt, ""])
+        condition = condition_of(self.tokenizer, self.text_encoder, [prompt, ""])
         shape, key = (self.prior.prior.config.c_in, height, width), randomness.image_key(prompt, 0)
         with self.prior.active():
             return generate_latents(
-                self.prior, {"text": states}, shape, seed=seed, key=key, guidance=guidance
+                self.prior, condition, shape, seed=seed, key=key, guidance=guidance
             )
 
     def __call__(self, prompt, seed=0, size=None, guidance=4.0):

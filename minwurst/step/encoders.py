@@ -65,8 +65,8 @@ class Encoders:
         return diffusion.scale_latents(encoded)
 
     def condition(self, captions):
-        """B captions → {"text": the text encoder's states (B, 77, D), in its type}."""
-        return {"text": encode_text(*self.text, captions)}
+        """What the prior is told about B captions, {name: (B, …)}."""
+        return condition_of(*self.text, captions)
 
     def add_prompts(self, prompts):
         """Encode validation prompts, and report those longer than the text encoder's context."""
@@ -86,6 +86,11 @@ class Encoders:
         """Free their memory. What is needed again is loaded again."""
         for name in ("text", "image"):
             self.__dict__.pop(name, None)
+
+
+def condition_of(tokenizer, text_encoder, captions):
+    """B captions → {"text": the text encoder's states (B, 77, D), in its type}."""
+    return {"text": encode_text(tokenizer, text_encoder, captions)}
 
 
 @torch.no_grad()
