@@ -1,6 +1,7 @@
 """Lines and progress bars on the console, from the main rank only."""
 
 import contextlib
+import math
 import os
 import sys
 
@@ -61,8 +62,12 @@ def say(text):
 
 
 def progress(items, label, **options):
-    """Iterate over the items with a progress bar, if the output is a terminal."""
-    return tqdm(items, label, disable=None if is_main() else True, **options)
+    """Iterate over the items with a progress bar, if the output is a terminal.
+
+    There is no bar where nothing is left to do: where options say that total is initial or less.
+    """
+    done = options.get("total", math.inf) <= options.get("initial", 0)
+    return tqdm(items, label, disable=True if done or not is_main() else None, **options)
 
 
 def gib(count):
