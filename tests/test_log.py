@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,14 +47,18 @@ def test_tensorboard_holds_numbers_and_pictures(all_trackers):
 
     log = EventAccumulator(str(all_trackers[0] / "logs"), size_guidance={"images": 0})
     log.Reload()
+    others = "learning_rate", "gradient_norm", "pictures_per_second", "memory_gib"
     assert set(log.Tags()["scalars"]) == {
-        "loss", "learning_rate", "gradient_norm", "pictures_per_second", "memory_gib",
-        "validation_loss",
+        "loss", "validation_loss", *(f"training/{name}" for name in others),
         *(f"{name}/{quarter}" for name in ("loss", "validation_loss") for quarter in QUARTERS),
     }  # fmt: skip
     assert [event.step for event in log.Scalars("loss")] == [2, 4]
     assert [event.step for event in log.Scalars("validation_loss")] == [0, 2, 4]
-    assert 0.1 < log.Scalars("memory_gib")[0].value < 20
+    assert min(log.Tags()["scalars"]) == "loss"  # the first card
+    assert 0.1 < log.Scalars("training/memory_gib")[0].value < 20
+    (told,) = log.Tensors("settings/text_summary")
+    (table,) = told.tensor_proto.string_val
+    assert b"| learning_rate | `0.001` |" in table and b"hub_token" not in table
     shown = log.Images("validation")
     assert [event.step for event in shown] == [0, 2, 4]
     assert shown[-1].width >= 192 and shown[-1].encoded_image_string.startswith(b"\x89PNG")
@@ -161,15 +166,15 @@ def test_the_commit_of_the_code_is_known(tmp_path):
         assert len(run_file.git_commit(ROOT / "minwurst").split()[0]) == 40
 
 
-def two_steps():
+def two_steps(folder=Path("nowhere")):
     """What a log needs of a Run."""
     return types.SimpleNamespace(
-        step=0, last_step=2, is_due=lambda step, every: True,
+        step=0, last_step=2, is_due=lambda step, every: True, folder=folder, skipped=set(),
         settings=Settings(), layout=BatchLayout(1, 1, 1),
     )  # fmt: skip
 
 
-def test_a_tracker_that_fails_is_left_out(capsys):
+def test_a_tracker_that_fails_is_left_out(tmp_path, capsys):
     class Broken(trackers.TensorBoard):
         def __init__(self):
             pass
@@ -186,7 +191,7 @@ def test_a_tracker_that_fails_is_left_out(capsys):
         def close(self):
             self.got.append("closed")
 
-    log = Log([Broken(), Whole()], two_steps())
+    log = Log([Broken(), Whole()], two_steps(tmp_path))
     for step in (1, 2):
         log.step(step, torch.tensor(1.0), torch.tensor(1.0), 0.1)
     log.close()

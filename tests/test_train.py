@@ -336,14 +336,15 @@ def test_tensorboard_holds_the_numbers(wuerstchen, tmp_path):
     log.Reload()
     assert set(log.Tags()["scalars"]) == {
         "loss",
-        "learning_rate",
-        "gradient_norm",
-        "pictures_per_second",
-        "memory_gib",
+        "training/learning_rate",
+        "training/gradient_norm",
+        "training/pictures_per_second",
+        "training/memory_gib",
         *(f"loss/{quarter}" for quarter in metrics.QUARTERS),
     }
     assert [event.step for event in log.Scalars("loss")] == [2, 4, 6, 8]  # step 6 only once
-    assert all(event.value == pytest.approx(1e-3) for event in log.Scalars("learning_rate"))
+    rates = [event.value for event in log.Scalars("training/learning_rate")]
+    assert rates == pytest.approx([1e-3] * 4)
 
 
 def test_result_is_the_average_in_the_hubs_layout(wuerstchen, tmp_path):

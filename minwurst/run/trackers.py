@@ -42,16 +42,26 @@ class JsonLines:
 
 
 class TensorBoard:
-    """A resumed run hides the entries after its checkpoint."""
+    """A resumed run hides the entries after its checkpoint. Each start shows its settings as text.
 
-    def __init__(self, folder, first_step):
+    Cards are sorted by name, so all but the losses are grouped as "training", after "loss".
+    """
+
+    LOSSES = ("loss", "validation_loss")
+
+    def __init__(self, folder, first_step, settings=None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.writer = SummaryWriter(folder, purge_step=first_step)
+        if settings:
+            rows = [f"| {name} | `{value}` |" for name, value in settings.items()]
+            table = "\n".join(["| setting | value |", "|---|---|", *rows])
+            self.writer.add_text("settings", table, max(0, first_step - 1))
 
     def scalars(self, step, values):
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            group = "" if name.split("/")[0] in self.LOSSES else "training/"
+            self.writer.add_scalar(group + name, value, step)
         self.writer.flush()
 
     def image(self, step, name, image):
@@ -116,7 +126,7 @@ def open_trackers(run):
     folder, first_step = run.folder / settings.logging_dir, run.step + 1 if run.checkpoint else 0
     trackers, wanted = [], [(JsonLines, folder, first_step)]
     if report_to in ("tensorboard", "all"):
-        wanted.append((TensorBoard, folder, first_step))
+        wanted.append((TensorBoard, folder, first_step, public(settings)))
     if report_to == "wandb" or report_to == "all" and importlib.util.find_spec("wandb"):
         project = settings.tracker_project_name
         wanted.append((WandB, folder, project, run.id, public(settings)))
