@@ -74,7 +74,7 @@ def digest(file):
 def results(folder):
     """{file: SHA-256} of a run's tensors, result and images. Other files contain times or paths."""
     wanted = ("checkpoint-6/*.safetensors", "prior_pipeline/prior/*.safetensors", "*.safetensors",
-              "validation/*.png")  # fmt: skip
+              "validation/step-*.png", "validation/before_after.png")  # fmt: skip
     files = [file for pattern in wanted for file in sorted(folder.glob(pattern))]
     return {str(file.relative_to(folder)): digest(file) for file in files}
 

@@ -20,7 +20,7 @@ from minwurst.base.errors import UserError
 from minwurst.base.ranks import rank, world_size
 from minwurst.base.settings import MOST_STEPS, LoRASettings, defaults_of, facts_of, public
 from minwurst.edge import files, models, push, run_file
-from minwurst.edge.grids import BEFORE_AFTER
+from minwurst.edge.grids import BEFORE_AFTER, STRIPS
 from minwurst.run import advice, checkpoint, estimate, trackers
 from minwurst.run.saver import Saver
 from minwurst.step import randomness
@@ -209,7 +209,7 @@ class Run:
         settings, images = self.settings, self.folder / "validation" / BEFORE_AFTER
         say(f"done: {result}")
         if images.is_file():
-            say(f"images before and after: {images}")
+            say(f"images before and after: {images}, step by step: {STRIPS} beside it")
         if settings.report_to in ("tensorboard", "all"):
             say(f"log: tensorboard --logdir {self.folder / settings.logging_dir}")
         kind = "lora" if Path(result).is_file() else "prior"

@@ -20,7 +20,7 @@ from minwurst.base.errors import UserError
 from minwurst.base.ranks import is_main, rank, world_size
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder, latent_shape
 from minwurst.edge.files import replacing
-from minwurst.edge.grids import BEFORE_AFTER, grid, stack
+from minwurst.edge.grids import BEFORE_AFTER, STRIPS, grid, stack, update_strips
 from minwurst.run.sheet import write_sheet
 from minwurst.step import diffusion, distributed, metrics, randomness
 from minwurst.step.samples import batches
@@ -208,6 +208,9 @@ class GenerateImages:
             with Image.open(self.folder / self.FIRST) as first:
                 same = first.text.get("prompts") == json.dumps(lines)
                 stack([first, sheet] if same else [sheet]).save(both)
+        _, error = attempt(update_strips, self.folder, step, images, lines)
+        if error:
+            say(f"{STRIPS} was not written: {error}")
         say(f"images: {file}")
 
 
