@@ -349,6 +349,12 @@ class Settings:
         at_least=1,
         may_change=True,
     )
+    keep_best: bool = run(
+        False,
+        "Never delete the checkpoint with the lowest held-out loss (see --validation_split), and "
+        "validate at each checkpoint. `python -m minwurst.export OUTPUT_DIR` exports it.",
+        may_change=True,
+    )
     resume_from_checkpoint: str = run(
         None,
         "Path of a checkpoint, or `latest`: the newest intact one in --output_dir, or a fresh "
@@ -444,6 +450,8 @@ class Settings:
                 f"--resolution is {self.resolution}; it must be a multiple of 32, the stride of "
                 f"the image encoder: try {near}."
             )
+        if self.keep_best and not self.validation_split:
+            raise UserError("--keep_best compares held-out losses: add --validation_split=0.05.")
         if self.random_crop and self.cache_latents:
             raise UserError("--random_crop crops a sample anew each time: drop --cache_latents.")
         if self.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
@@ -477,6 +485,10 @@ class Settings:
     def prompts(self):
         """The validation prompts as `Prompt`s."""
         return [prompts.Prompt.of(line, "prompt") for line in self.validation_prompts or []]
+
+    def kept_checkpoints(self):
+        """(number of the newest to keep or None, whether to keep the best as well)."""
+        return self.checkpoints_total_limit, self.keep_best
 
     def complete_objective(self):
         """Fill in what the objective reads; UserError for a value that it does not read."""

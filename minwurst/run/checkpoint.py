@@ -7,12 +7,14 @@
 A checkpoint has one safetensors file per group of tensors, a state.json, and a manifest with the
 size and SHA-256 of each. It is written under a temporary name, flushed to disk and renamed; only
 then are older ones deleted. A kill at any moment leaves the newest complete checkpoint in place,
-and an incomplete one is never used. No pickle is written or read.
+and an incomplete one is never used. No pickle is written or read. A held_out.json is added when
+the checkpoint's step has been validated; the one with the lowest held-out loss is `best`.
 """
 
 import collections
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,7 +32,7 @@ from minwurst.edge.files import describe, not_finite, read_json, reason, remove,
 
 NAME = re.compile(r"checkpoint-(\d+)")
 TEMPORARY = re.compile(r"\.checkpoint-\d+\.(part|old)")  # being written or deleted
-MANIFEST = "manifest.json"
+MANIFEST, HELD_OUT = "manifest.json", "held_out.json"
 TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
     torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
@@ -38,8 +40,8 @@ TYPES = {
 }  # fmt: skip
 
 
-def save(output_dir, step, groups, progress, keep=None):
-    """Write `checkpoint-{step}` and keep the newest `keep` (None: all).
+def save(output_dir, step, groups, progress, keep=None, keep_best=False):
+    """Write `checkpoint-{step}` and keep the newest `keep` (None: all), and on request the best.
 
     groups: {"weights": {name: tensor}, …}, one file each; empty groups are skipped. progress: what
     JSON can hold. An older checkpoint of the same step is replaced. UserError if a number is not
@@ -67,7 +69,7 @@ def save(output_dir, step, groups, progress, keep=None):
             f"{folder} was not written: {reason(error)} It needs {size:,} bytes; earlier "
             "checkpoints are intact, and --resume_from_checkpoint=latest resumes from them."
         ) from None
-    rotate(output_dir, keep)
+    rotate(output_dir, keep, keep_best)
 
 
 def check_finite(group, tensors):
@@ -79,9 +81,12 @@ def check_finite(group, tensors):
         )
 
 
-def rotate(output_dir, keep):
-    """Delete all but the newest `keep` checkpoints (None: keep all)."""
+def rotate(output_dir, keep, keep_best=False):
+    """Delete all but the newest `keep` checkpoints (None: keep all), and on request the best."""
+    spared = best(output_dir)[0] if keep_best else None
     for old in list_all(output_dir)[:-keep] if keep else []:
+        if old == spared:
+            continue
         try:
             delete(old)
         except OSError as error:  # a full disk later is better than a stop now
@@ -193,6 +198,34 @@ def list_all(output_dir):
     """The checkpoint folders, oldest first. Everything else in output_dir is left alone."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     return sorted((path for path in folders if step_of(path) is not None), key=step_of)
+
+
+def record_held_out(output_dir, step, loss):
+    """Write the held-out loss of a step into its checkpoint, if there is one.
+
+    There it can't disagree with the checkpoint: both are renamed, replaced and deleted together.
+    """
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    if folder.is_dir():
+        with replacing(folder / HELD_OUT) as draft:
+            draft.write_text(json.dumps({"validation_loss": loss}) + "\n", encoding="utf-8")
+
+
+def held_out(folder):
+    """The held-out loss recorded in a checkpoint; inf without one, or if it can't be read."""
+    try:
+        text = (folder / HELD_OUT).read_text(encoding="utf-8")
+        loss = float(json.loads(text)["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
+    return math.inf if math.isnan(loss) else loss
+
+
+def best(output_dir):
+    """(checkpoint with the lowest held-out loss, that loss); (None, inf) if none was validated."""
+    losses = {folder: held_out(folder) for folder in list_all(output_dir)}
+    lowest = min(losses, key=losses.get, default=None)
+    return (lowest, losses[lowest]) if losses.get(lowest, math.inf) < math.inf else (None, math.inf)
 
 
 def find(wanted, output_dir):

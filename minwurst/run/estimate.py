@@ -152,8 +152,9 @@ def check_disk(settings, trained, steps):
     """Report the size of checkpoints and result; UserError if not even two checkpoints fit."""
     checkpoint = (4 + (2 if settings.use_8bit_adam else 8) + 4 * settings.use_ema) * trained
     saves = steps // settings.checkpointing_steps + 1
-    limit = settings.checkpoints_total_limit
-    at_once = min(saves, limit + 1) if limit else saves  # one is deleted after the next is written
+    limit, best = settings.kept_checkpoints()
+    # One is deleted after the next is written.
+    at_once = min(saves, limit + 1 + best) if limit else saves
     needed = at_once * checkpoint + 4 * trained  # the result, without its copy of the text encoder
     free = shutil.disk_usage(settings.output_dir).free
     say(f"disk: {gib(checkpoint)} per checkpoint, {gib(needed)} in total, {gib(free)} free")

@@ -122,7 +122,7 @@ class Run:
         for change in self.changes + check_same_run(self.progress["identity"], self.identity):
             say(f"changed since the checkpoint: {change}")
         on_main(checkpoint.set_aside_later, self.folder, self.step)
-        on_main(checkpoint.rotate, self.folder, self.settings.checkpoints_total_limit)
+        on_main(checkpoint.rotate, self.folder, *self.settings.kept_checkpoints())
         self.earlier = on_main(run_file.earlier, self.folder) if self.checkpoint else {}
         self.id = self.earlier.get("id")
         if not isinstance(self.id, str):
@@ -176,8 +176,9 @@ class Run:
         return self.is_due(step, self.settings.checkpointing_steps)
 
     def is_validation_due(self, step):
+        """Also at each checkpoint if the best one is kept, or there would be little to compare."""
         every, epochs = self.settings.validation_steps, self.settings.validation_epochs
-        return self.is_due(
+        return self.settings.keep_best and self.is_save_due(step) or self.is_due(
             step, every or max(1, round(epochs * self.rows / self.layout.global_batch))
         )
 
@@ -193,11 +194,11 @@ class Run:
             "identity": self.identity, "settings": public(self.settings),
             "defaults": defaults_of(type(self.settings)), **numbers,
         }  # fmt: skip
-        limit = self.settings.checkpoints_total_limit
+        kept = self.settings.kept_checkpoints()
         in_step = stop or step == self.steps[-1] or not self.settings.async_checkpointing
         on_main(self.saver.wait)
         save = checkpoint.save if in_step else self.saver.save
-        on_main(save, self.folder, step, tensors, progress, limit)
+        on_main(save, self.folder, step, tensors, progress, *kept)
 
     def finish_saving(self):
         """Wait for a save in flight; its error is raised on all ranks."""

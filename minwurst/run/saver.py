@@ -1,7 +1,7 @@
 """Saving in a thread, while training continues from where it is.
 
     saver = Saver()
-    saver.save(folder, step, groups, progress, keep)     # returns once everything is copied
+    saver.save(folder, step, groups, progress, *kept)    # returns once everything is copied
     saver.wait()                                         # until it is on disk; raises its error
 
 One save is in flight at most; the next one waits for it. What the thread writes is a copy in this
@@ -28,20 +28,20 @@ class Saver:
         self.thread, self.error = None, None
         errors.leaving.append(self.join)
 
-    def save(self, folder, step, groups, progress, keep):
+    def save(self, folder, step, groups, progress, *kept):
         """Copy the groups and write them as checkpoint.save does, in a thread."""
         self.wait()
         size = sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
         free = available_memory()
         if free is not None and size > 0.8 * free:
             say(f"--async_checkpointing: {gib(size)} to copy, {gib(free)} free; saving in step.")
-            return checkpoint.save(folder, step, groups, progress, keep)
+            return checkpoint.save(folder, step, groups, progress, *kept)
         copies = {
             group: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             for group, tensors in groups.items()
         }
         self.thread = threading.Thread(
-            target=self.write, args=(folder, step, copies, progress, keep), name="saver"
+            target=self.write, args=(folder, step, copies, progress, *kept), name="saver"
         )
         self.thread.start()
 

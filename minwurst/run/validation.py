@@ -21,6 +21,7 @@ from minwurst.base.ranks import is_main, rank, world_size
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder, latent_shape
 from minwurst.edge.files import replacing
 from minwurst.edge.grids import BEFORE_AFTER, STRIPS, grid, stack, update_strips
+from minwurst.run import checkpoint
 from minwurst.run.sheet import write_sheet
 from minwurst.step import diffusion, distributed, metrics, randomness
 from minwurst.step.samples import batches
@@ -236,6 +237,7 @@ class HeldOutLoss:
 
     def __init__(self, run, source, samples, log):
         self.source, self.samples, self.log, self.device = source, samples, log, run.device
+        self.folder = run.folder
         self.batch, self.workers = run.layout.batch, run.settings.dataloader_num_workers
 
     def measure(self, model):
@@ -261,5 +263,6 @@ class HeldOutLoss:
         for quarter, value in zip(metrics.QUARTERS, quarters, strict=True):
             values[f"validation_loss/{quarter}"] = value
         self.log.scalars(step, values)
+        checkpoint.record_held_out(self.folder, step, values["validation_loss"])
         listed = ", ".join(f"{value:.5f}" for value in quarters)
         say(f"held out at step {step}: loss {values['validation_loss']:.5f} ({listed})")
