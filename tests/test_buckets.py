@@ -230,7 +230,8 @@ def test_held_out_loss_is_the_mean_over_rows(still_wuerstchen, album, tmp_path, 
 @torch.no_grad()
 def expect_held_out(wuerstchen, album, printed):
     """Each row once, at its shape, written out."""
-    found = [float(n) for n in re.search(r"step 0: loss (\S+) \((.*)\)", printed)[2].split(", ")]
+    listed = re.search(r"held out at step 0: loss \S+ \((.*)\)", printed)[1]
+    found = [float(n) for n in re.findall(r": ([\d.]+)", listed)]
     shapes = [
         (int(height) // 32, int(width) // 32)
         for width, height in re.findall(r"^  (\d+)×(\d+) pixels", printed, re.MULTILINE)

@@ -41,7 +41,7 @@ def shown(monkeypatch):
 def held_out_losses(printed):
     found = re.findall(r"held out at step (\d+): loss (\S+) \((.*)\)", printed)
     return {
-        int(step): [float(loss), *map(float, quarters.split(", "))]
+        int(step): [float(loss), *map(float, re.findall(r": ([\d.]+)", quarters))]
         for step, loss, quarters in found
     }
 

@@ -69,6 +69,15 @@ def write(run):
         "prediction_type": run.identity["prediction"],
         "starts": [*(starts if isinstance(starts, list) else ()), start],
     }
+    replace(file, content)
+
+
+def add(folder, **entries):
+    """Add entries to a run's run.json. The next start of the run drops them."""
+    replace(folder / FILE, {**earlier(folder), **entries})
+
+
+def replace(file, content):
     text = json.dumps(content, indent=1, ensure_ascii=False)
     try:
         with replacing(file) as draft:

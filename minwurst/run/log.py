@@ -13,7 +13,10 @@ import time
 
 import torch
 
+from minwurst.base import errors
 from minwurst.base.console import progress, say
+from minwurst.base.ranks import is_main
+from minwurst.run import result
 from minwurst.run.trackers import open_trackers
 from minwurst.step import metrics
 
@@ -36,12 +39,14 @@ class Log:
         self.trackers, self.run = trackers, run
         self.steps, self.start = 0, time.perf_counter()  # since the last entry
         self.bar = progress(None, "steps", initial=run.step, total=run.last_step)
+        self.last, self.is_first, self.is_open = run.step, True, True
         metrics.totals.clear()
+        errors.leaving.append(self.summarize)
 
     def step(self, step, loss, norm, learning_rate):
         """loss: this rank's, of the step. norm: of the gradient, before clipping. Tensors."""
         metrics.report("loss", loss)
-        self.steps += 1
+        self.steps, self.last = self.steps + 1, step
         self.bar.update(step - self.bar.n)  # some steps may be skipped
         if not self.run.is_due(step, self.run.settings.logging_steps):
             return
@@ -58,6 +63,10 @@ class Log:
         self.scalars(step, values)
         quarters = [means.get(f"loss/{quarter}") for quarter in metrics.QUARTERS]
         quarters = " ".join("–" if value is None else f"{value:.3f}" for value in quarters)
+        if self.is_first:
+            say(f"In brackets: the loss for t in {', '.join(metrics.SHORT)} (0 clean, 1 noise).")
+        self.is_first = False
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
         others = [f"  {name} {value:.4g}" for name, value in means.items() if "/" not in name]
         say(
             f"step {step}/{self.run.last_step}  loss {values['loss']:.5f} ({quarters})  "
@@ -94,6 +103,14 @@ class Log:
     def close(self):
         self.bar.close()
         self.send("close")
+        self.summarize()
+
+    def summarize(self):
+        """Once, at the end or before an error ends the process: the result on the main rank."""
+        if self.is_open and is_main():
+            self.is_open = False
+            unlogged = time.perf_counter() - self.start if self.steps else 0.0
+            result.report(self.run, self.last, unlogged)
 
 
 def peak_memory(device):

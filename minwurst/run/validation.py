@@ -21,7 +21,7 @@ from minwurst.base.ranks import is_main, rank, world_size
 from minwurst.edge.decoders import FullDecoder, PreviewDecoder, latent_shape
 from minwurst.edge.files import replacing
 from minwurst.edge.grids import BEFORE_AFTER, STRIPS, grid, stack, update_strips
-from minwurst.run import checkpoint
+from minwurst.run import checkpoint, result
 from minwurst.run.sheet import write_sheet
 from minwurst.step import diffusion, distributed, metrics, randomness
 from minwurst.step.samples import batches
@@ -78,6 +78,8 @@ class Validation:
         with self.log.paused():
             self.run.finish_saving()  # validators may fork
             done = [self.validate(validator, step) for validator in self.validators]
+            if is_main():
+                attempt(result.draw, self.run)
         if all(done) and is_main():
             attempt(self.write_record, step)
 
@@ -264,5 +266,6 @@ class HeldOutLoss:
             values[f"validation_loss/{quarter}"] = value
         self.log.scalars(step, values)
         checkpoint.record_held_out(self.folder, step, values["validation_loss"])
-        listed = ", ".join(f"{value:.5f}" for value in quarters)
-        say(f"held out at step {step}: loss {values['validation_loss']:.5f} ({listed})")
+        listed = zip(metrics.SHORT, quarters, strict=True)
+        listed = ", ".join(f"{name}: {value:.5f}" for name, value in listed)
+        say(f"held out at step {step}: loss {values['validation_loss']:.5f} (t {listed})")

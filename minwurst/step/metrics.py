@@ -16,6 +16,7 @@ from minwurst.step import distributed
 
 totals = {}  # {name: (2,) fp32, sum and count since the last `means`}
 QUARTERS = ("t_0.00_0.25", "t_0.25_0.50", "t_0.50_0.75", "t_0.75_1.00")
+SHORT = ("0–¼", "¼–½", "½–¾", "¾–1")  # for the console
 
 
 @torch.no_grad()
