@@ -87,7 +87,7 @@ def replace(file, content):
 
 
 def read(folder):
-    """The content of a run's run.json; UserError if there is none."""
+    """The content of a run's run.json, with the steps of its result; UserError if there is none."""
     try:
         run = read_json(folder / FILE)
         found = {key: run[key] for key in ("settings", "identity", "published", "steps", "starts")}
@@ -100,6 +100,7 @@ def read(folder):
                 raise TypeError(f"{name} is {value!r:.40}")
         result = run.get("result")
         found |= {"images": run.get("images"), "result": result if isinstance(result, dict) else {}}
+        found["steps"] = run.get("exported", found)["steps"]  # minwurst.export wrote the result
         return {**found, "prediction_type": run.get("prediction_type", "epsilon")}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(

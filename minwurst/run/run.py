@@ -208,7 +208,10 @@ class Run:
     def report(self, result):
         """Say where everything is and how to generate more images."""
         settings, images = self.settings, self.folder / "validation" / BEFORE_AFTER
+        best, folder = checkpoint.best(self.folder)[0], shlex.quote(str(self.folder))
         say(f"done: {result}")
+        if best and checkpoint.step_of(best) < max(self.last_step, self.step):
+            say(f"to export the best checkpoint instead: python -m minwurst.export {folder}")
         if images.is_file():
             say(f"images before and after: {images}, step by step: {STRIPS} beside it")
         if settings.report_to in ("tensorboard", "all"):
