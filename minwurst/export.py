@@ -10,16 +10,14 @@ with averaged weights if the run has them. It needs the run's models, and no dat
 import argparse
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import torch
 
-from minwurst.base.errors import UserError
+from minwurst.base.errors import UserError, one_line
 from minwurst.base.settings import LoRASettings, Settings
 from minwurst.edge import export, files, lora_file, models, run_file
 from minwurst.run import checkpoint
-from minwurst.run.run import lock
 from minwurst.run.state import check_fit, copy_into
 from minwurst.step.adapter import add_adapters
 
@@ -71,7 +69,7 @@ def write(folder, wanted, output=None):
     """Write a run's result from a checkpoint. Returns (its path, the checkpoint)."""
     run = run_file.read(folder)
     if not output:
-        lock(folder)  # a run that is still training would replace the result
+        files.lock(folder)  # a run that is still training would replace the result
     found, settings = choose(folder, wanted), settings_of(run)
     tensors, progress = checkpoint.load(found)
     prior, parts = rebuild(settings, tensors, progress["seed"])
@@ -80,7 +78,7 @@ def write(folder, wanted, output=None):
     if isinstance(settings, LoRASettings):
         lora_file.save(prior, target)
     else:
-        export.save_pipeline(prior, target, parts.text)
+        export.save_pipeline(prior, target, parts.text, settings.resolution)
     if not output:
         exported = {"checkpoint": found.name, "steps": progress["step"]}
         run_file.add(folder, exported=exported)
@@ -99,12 +97,10 @@ def main():
         help="folder for the result; by default the run's own, whose result is replaced",
     )  # fmt: skip
     given = parser.parse_args()
-    try:
+    with one_line("minwurst.export"):
         target, found = write(given.folder, given.checkpoint, given.output)
-    except UserError as error:
-        sys.exit(f"minwurst.export: {error}")
-    loss = checkpoint.held_out(found)
-    print(f"{target}: {found.name}" + f", held-out loss {loss:.5f}" * (loss < math.inf))
+        loss = checkpoint.held_out(found)
+        print(f"{target}: {found.name}" + f", held-out loss {loss:.5f}" * (loss < math.inf))
 
 
 if __name__ == "__main__":

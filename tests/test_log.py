@@ -100,7 +100,7 @@ def test_wandb_holds_the_run_offline(all_trackers):
     assert [row["step"] for row in rows if "loss" in row] == [2, 4]
     assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
     assert [row["step"] for row in rows if "validation/path" in row] == [0, 2, 4]
-    assert len(list(file.parent.glob("files/media/images/*.png"))) == 3
+    assert len(list(file.parent.glob("files/media/images/*.png"))) == 4  # and of the data
 
 
 def test_the_token_is_nowhere(all_trackers):

@@ -21,7 +21,7 @@ from minwurst.base.settings import Settings, parse
 from minwurst.edge import files, lora_file, run_file
 from minwurst.edge.curves import around, picture
 from minwurst.edge.grids import STRIPS, evenly, grid, update_strips
-from minwurst.run import checkpoint, result, run
+from minwurst.run import checkpoint, result
 from minwurst.run.log import Log
 from tests.conftest import assert_bitwise_equal, command, flags, train_here
 from tests.test_checkpoint import GROUPS
@@ -338,7 +338,7 @@ def test_it_exports_as_a_program(wuerstchen, tmp_path):
     other = tmp_path / "other"
     assert command(*words, "--output", other)[1] == f"{other / 'prior_pipeline'}: checkpoint-1\n"
     files.make_folder(other)
-    run.lock(other)
+    files.lock(other)
     assert f"{tmp_path / 'prior_pipeline'}: checkpoint-1\n" in command(*words)[1]
 
 

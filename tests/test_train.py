@@ -38,7 +38,9 @@ from tests.conftest import (
 def losses(printed):
     """The losses in a run's printed log."""
     return [
-        float(line.split("loss ")[1].split()[0]) for line in printed.splitlines() if "loss " in line
+        float(line.split("loss ")[1].split()[0])
+        for line in printed.splitlines()
+        if line.startswith("step ")
     ]
 
 

@@ -157,8 +157,7 @@ def record_held_out(output_dir, step, loss):
 def held_out(folder):
     """The held-out loss recorded in a checkpoint; inf without one, or if it can't be read."""
     try:
-        text = (folder / HELD_OUT).read_text(encoding="utf-8")
-        loss = float(json.loads(text)["validation_loss"])
+        loss = float(read_json(folder / HELD_OUT)["validation_loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
     return math.inf if math.isnan(loss) else loss
