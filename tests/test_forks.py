@@ -31,7 +31,7 @@ PATCHES = ROOT / "tests" / "forks"
 MEND = """To fix it, commit your change, then:
     git apply --3way {0}               # and resolve the conflicts
     git add minwurst train.py lora.py
-    git diff --cached -- minwurst train.py lora.py > {0}
+    git diff --cached -U1 -- minwurst train.py lora.py > {0}
     git apply -R --index {0}
 """
 
