@@ -7,7 +7,6 @@ The result is what the run itself would have written at that step: prior_pipelin
 with averaged weights if the run has them. It needs the run's models, and no data.
 """
 
-import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from minwurst.base.errors import UserError, one_line
+from minwurst.base.parser import Parser
 from minwurst.base.settings import LoRASettings, Settings
 from minwurst.edge import export, files, lora_file, models, run_file
 from minwurst.run import checkpoint
@@ -86,7 +86,7 @@ def write(folder, wanted, output=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minwurst.export", allow_abbrev=False)
+    parser = Parser(prog="python -m minwurst.export")
     parser.add_argument("folder", type=Path, help="the --output_dir of a run")
     parser.add_argument(
         "--checkpoint", default="best",

@@ -290,6 +290,9 @@ def test_the_best_is_kept_and_exported(wuerstchen, tmp_path, scripted, capsys):
     assert export.write(kept, "best")[1].name == "checkpoint-2"
     assert (kept / RESULT).read_bytes() == two != five
     assert run_file.read(kept)["steps"] == 2
+    for step, known in ((2, {"validation_loss": 0.3}), (4, {})):  # what the card says of it
+        run_file.add(kept, result={"lowest_validation_loss": 0.3, "lowest_at_step": step})
+        assert run_file.read(kept)["result"] == known
     train_here(wuerstchen, kept, **KEEPING, keep_best=True, **more)  # the run exports its own again
     assert (kept / RESULT).read_bytes() == five and run_file.read(kept)["steps"] == 5
 

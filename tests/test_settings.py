@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from minwurst import cost, hub, lora
+from minwurst import cost, export, hub, lora
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, from_command_line, parse, public
 from minwurst.step import distributed
@@ -143,6 +143,8 @@ def test_mistakes_are_one_line(flag, said, capsys, monkeypatch):
         (lora, ["merge", "a", "b", "c", "--scal=2"], "minwurst.lora: unknown flag --scal; did you "
          "mean --scale?"),
         (cost, ["--roofline=X"], "minwurst.cost: --roofline X: choose H100, "),
+        (export, ["run", "--chekpoint=x"], "minwurst.export: unknown flag --chekpoint; did you "
+         "mean --checkpoint?"),
     ],
 )  # fmt: skip
 def test_mistakes_of_other_programs_are_one_line(program, words, said, capsys, monkeypatch):

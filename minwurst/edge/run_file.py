@@ -98,9 +98,12 @@ def read(folder):
             kinds = KINDS.get(name)
             if kinds and not isinstance(value, kinds):
                 raise TypeError(f"{name} is {value!r:.40}")
-        result = run.get("result")
-        found |= {"images": run.get("images"), "result": result if isinstance(result, dict) else {}}
-        found["steps"] = run.get("exported", found)["steps"]  # minwurst.export wrote the result
+        result = run["result"] if isinstance(run.get("result"), dict) else {}
+        if "exported" in run:  # by minwurst.export, from a checkpoint
+            found["steps"] = run["exported"]["steps"]
+            is_lowest = found["steps"] == result.get("lowest_at_step")
+            result = {"validation_loss": result["lowest_validation_loss"]} if is_lowest else {}
+        found |= {"images": run.get("images"), "result": result}
         return {**found, "prediction_type": run.get("prediction_type", "epsilon")}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
