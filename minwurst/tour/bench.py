@@ -43,9 +43,8 @@ class Bench:
         """work: a folder for runs."""
         self.work = Path(work).absolute()  # the scripts run in the repository's root
         self.prompts = miniature.TRAIN["validation_prompts"]
-        self.resolution = miniature.SAMPLE["resolution"]
-        self.side, self.guidance = self.resolution // 32, GUIDANCE
         self.generate = self.pipeline()
+        self.side, self.guidance = self.generate.size, GUIDANCE
         self.prior = self.generate.prior.prior
         self.objective = diffusion.objective_of(self.prior.config)
 
@@ -58,11 +57,11 @@ class Bench:
     @functools.cached_property
     def pixels(self):
         """As the image encoder takes it, (1, 3, 192, 192)."""
-        return preprocess(open_image(self.row), self.resolution, self.resolution)[None]
+        return preprocess(open_image(self.row), 32 * self.side, 32 * self.side)[None]
 
     @functools.cached_property
     def image_encoder(self):
-        return models.load_image_encoder(miniature.TRAIN["image_encoder_name_or_path"])
+        return models.load_image_encoder(miniature.WEIGHTS / "image_encoder")
 
     @functools.cached_property
     @torch.no_grad()
@@ -94,7 +93,7 @@ class Bench:
     @functools.lru_cache(maxsize=4)  # noqa: B019  the panels of a run use it one after the other
     def pipeline(self, run=None, scale=1.0):
         """All three stages with the base, or with a run's result; scale: of its LoRA."""
-        prior, decoder = miniature.SAMPLE["prior"], miniature.SAMPLE["decoder"]
+        prior, decoder = str(miniature.WEIGHTS), str(miniature.WEIGHTS / "decoder")
         if run is None:
             return pipelines.load(prior, decoder)
         if (run.folder / "prior_pipeline").is_dir():

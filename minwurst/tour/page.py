@@ -22,6 +22,7 @@ figure { margin: 0 } img { display: block; width: 100%; height: auto; border-rad
 figcaption { font-size: 14px; line-height: 1.3; color: #555; margin-top: .3rem }
 .equation { padding-left: 1.2rem; font-family: Cambria, "Times New Roman", serif; font-size: 1.1em }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 15px }
+table { min-width: 34rem }
 td, th { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd;
   vertical-align: top } .note { color: #777; font-size: 15px }
 """
@@ -82,7 +83,7 @@ def figures(shown):
     """A grid of several, in rows of equal length where that is possible."""
     image, many = shown[0][0], len(shown)
     if panels.is_drawing(image):
-        wide, narrow = min(2, many), 1
+        wide, narrow = 2, 1
     elif image.width > image.height:  # a pair
         wide, narrow = (4, 2) if many % 4 == 0 else (3, 1)
     else:

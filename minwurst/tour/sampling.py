@@ -125,9 +125,9 @@ def guidance(m):
 def caption_swapped(m):
     """A caption swapped midway
 
-    The first caption is used while t is above a limit, and the second one below it. While there is
-    much noise, the second can still replace everything. With little noise left, it can change
-    details and no longer the layout.
+    The first caption is used while t is above a limit, and the second one below it. How late can
+    the second still replace what the first began? A model that knows its few images well finds the
+    way to one of them from far away.
     """
     first, second = m.guided(m.prompts[0]), m.guided(m.prompts[2])
     for limit in (1, 0.5, 0.4, 0.3, 0.2, 0):

@@ -10,6 +10,7 @@ import inspect
 import torch
 
 from minwurst import miniature
+from minwurst.base.model_folder import own_parts
 from minwurst.edge import networks
 from minwurst.step.image_encoder import EfficientNetEncoder
 from minwurst.step.prior import PUBLISHED, WuerstchenPrior
@@ -38,7 +39,7 @@ def sizes():
             listed = [f"{n} {short(config[n])}" for n in SHOWN if config.get(n) is not None]
             cells.append(f"{count(kind, config):,} parameters<br>{html.escape(', '.join(listed))}")
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    side = miniature.SAMPLE["resolution"] // 32
+    side = own_parts(miniature.WEIGHTS)["resolution"] // 32
     return f"""
 <p>The same classes with other numbers, so whatever holds for the code here holds for the published
 model; what the miniature has learned does not carry over. Its latents have 16×{side}×{side} numbers
