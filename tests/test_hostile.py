@@ -310,7 +310,12 @@ def test_a_run_file_that_was_edited(wuerstchen, finished, tmp_path):
         with pytest.raises(UserError, match="can't read its run.json"):
             run_file.read(tmp_path)
     out = shutil.copytree(finished, tmp_path / "out")
-    (out / "prior_pipeline/model_index.json").unlink()  # it also says the resolution
+    index = out / "prior_pipeline/model_index.json"  # it also says the resolution
+    for text in (DEEP, "[]", '{"resolution": "768"}'):
+        index.write_text(text)
+        with pytest.raises(UserError, match="model_index.json can't be read, or its resolution"):
+            sample(sample_settings(wuerstchen, tmp_path / "x.png", prior=out, resolution=None))
+    index.unlink()
     edited = {**good, "settings": {**good["settings"], "resolution": 10**12}}
     (out / run_file.FILE).write_text(json.dumps(edited))
     with pytest.raises(UserError, match="--resolution is 1000000000000"):

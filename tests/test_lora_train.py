@@ -66,7 +66,8 @@ def test_a_run_and_its_file(wuerstchen, tmp_path, capsys):
     assert torch.equal(a, average["blocks.2.attention.to_q.lora_A"])
     assert relative(b, 2 * average["blocks.2.attention.to_q.lora_B"]) < 1e-6
     assert sorted(path.name for path in out.iterdir()) == [
-        ".lock", "checkpoint-120", "good_rows.json", "logs", lora_file.FILE, "run.json"
+        ".lock", "checkpoint-120", "curves.png", "data.png", "good_rows.json", "logs",
+        lora_file.FILE, "run.json",
     ]  # fmt: skip
     prior = lora_file.load(models.load_prior(wuerstchen), out)
     trained = error(prior, wuerstchen)

@@ -26,7 +26,7 @@ def own_parts(folder):
             resolution = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("resolution")
             assert resolution is None or isinstance(resolution, int)
             assert resolution is None or resolution >= 32 and not resolution % 32
-        except (OSError, ValueError, AttributeError, AssertionError):
+        except (OSError, ValueError, AttributeError, AssertionError, RecursionError):
             raise UserError(
                 f"{folder / INDEX} can't be read, or its resolution is not a multiple of 32."
             ) from None
