@@ -93,8 +93,8 @@ def overfitting(m):
     """Over-fitting
 
     Nine tenths of the images are held out, so the run sees the same few again and again. The
-    training loss keeps falling while the held-out loss turns and rises. Prompts that are not among
-    these few come to look like one of them.
+    training loss keeps falling while the held-out loss turns and rises. The prompts below are not
+    among the images.
     """
     run = m.train(
         "train.py", "--validation_split=0.9", "--max_train_steps=120", "--validation_steps=20",
