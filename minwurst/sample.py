@@ -85,7 +85,9 @@ class SampleSettings:
     )
     height: int = how(None, "Height of the images in pixels.")
     guidance_scale: float = how(
-        4.0, "Strength of classifier-free guidance: how much to exaggerate the prompt. 1 is off."
+        None,
+        "Strength of classifier-free guidance: how much to exaggerate the prompt. 1 is off. "
+        "Default: the run's, else 4.",
     )
     mixed_precision: str = how(
         None,
@@ -184,6 +186,8 @@ def main(settings):
     known = run_file.read(run)["settings"] if run else {}
     if settings.seed is None:
         settings.seed = known.get("seed") or 0
+    if settings.guidance_scale is None:
+        settings.guidance_scale = known.get("guidance_scale", Settings.guidance_scale)
     folder = Path(settings.output).parent if settings.output else (run or Path()) / "samples"
     files.make_folder(folder, "output")
     found = find(settings, known)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minwurst import pipelines
 from minwurst.edge import models
 from minwurst.edge.decoders import FullDecoder
-from minwurst.miniature import pretrain
+from minwurst.miniature import pretrain, world
 from minwurst.miniature.training import train
 from tests.conftest import assert_bitwise_equal
 
@@ -14,10 +15,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def some_pictures():
-    """Eight blurred images as a uint8 tensor (8, 3, 256, 256)."""
-    drawn = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    return (torch.nn.functional.interpolate(drawn, (256, 256), mode="bicubic") * 255).byte()
+def some_images():
+    """Four blurred images of each style as bytes, {style: (4, 3, 256, 256)}."""
+    blurred = torch.rand(4 * len(world.STYLES), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = (F.interpolate(blurred, (256, 256), mode="bicubic").clamp(0, 1) * 255).byte()
+    return dict(zip(world.STYLES, images.split(4), strict=True))
 
 
 def test_a_stopped_training_goes_on_as_it_was(tmp_path):
@@ -42,23 +44,28 @@ def test_a_stopped_training_goes_on_as_it_was(tmp_path):
     assert_bitwise_equal(whole, cut)
 
 
-def test_the_parts_make_a_whole(some_pictures, tmp_path, monkeypatch):
+def test_the_parts_make_a_whole(some_images, tmp_path, monkeypatch):
     """Train each part for one step; the result loads and samples like the published model."""
-    for place in ("weights", "images", "world"):
+    for place in ("weights", "data", "world"):
         monkeypatch.setattr(pretrain, place.upper(), tmp_path / place)
-    names = [f"thing number {number}" for number in range(8)]
-    monkeypatch.setattr(
-        pretrain, "load_images", lambda work: (names[:4], *some_pictures.split(4))
-    )
-    steps = [f"--{part}_steps=1" for part in ("a", "encoder", "b", "prior")]
+    names = [f"thing number {number}" for number in range(4)]
+    exists = {style: torch.ones(4, dtype=torch.bool) for style in world.STYLES}
+    exists["noto ink"][2] = False
+    monkeypatch.setattr(pretrain, "load_images", lambda work: (names, some_images, exists))
+    monkeypatch.setattr(pretrain.world, "WORLD", tmp_path / "world")
+    steps = [f"--{part}_steps=1" for part in ("a", "encoder", "b", "text", "prior")]
     monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path / "work"), *steps])
     pretrain.main()
     folder = tmp_path / "weights"
     encoder = models.load_image_encoder(folder / "image_encoder")
-    latents = pretrain.encode(encoder, some_pictures)
-    assert latents.shape == (8, 16, 6, 6)
-    assert 20 < latents.std() < 80  # unit variance after scaling
+    latents = pretrain.encode(encoder, some_images["fluent"])
+    assert latents.shape == (4, 16, 6, 6)
     decode = FullDecoder(folder / "decoder", torch.device("cpu"))
     assert decode(latents[:1] / 42, "", torch.Generator()).size == (256, 256)
     generate = pipelines.load(str(folder), str(folder / "decoder"))
     assert generate("thing", size=6).size == (256, 256)
+    known = world.read_world(tmp_path / "world")[1]
+    lacking = {style: latents.isnan().any().item() for style, latents in known.items()}
+    assert lacking == {style: style == "noto ink" for style in world.STYLES}
+    captions = (tmp_path / "data" / "fluent_duotone" / "metadata.jsonl").read_text()
+    assert captions.count("\n") == 2 and '"thing number 3, fluent duotone"' in captions

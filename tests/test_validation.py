@@ -4,6 +4,7 @@ import contextlib
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from minwurst import sample
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import dataset, grids, models
-from minwurst.run import validation
+from minwurst.run import checkpoint, validation
+from minwurst.run.validation import HeldOutLoss
 from minwurst.step import diffusion, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.optimizer import NoEMA
@@ -191,6 +193,18 @@ def test_held_out_loss_is_the_plain_error_at_fixed_times(still_wuerstchen, tmp_p
                 found[quarter] += (prior(noisy, t, text) - noise).square().mean()
     found = (found / len(held_out)).tolist()
     assert before == pytest.approx([sum(found) / 4, *found], abs=2e-5)
+
+
+def test_a_loss_that_keeps_rising_is_noted(monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "record_held_out", lambda *_: None)
+    loss = object.__new__(HeldOutLoss)
+    loss.samples, loss.log = SimpleNamespace(rows=[1]), SimpleNamespace(scalars=lambda *_: None)
+    loss.folder, loss.losses = None, []
+    for step, value in enumerate([0.5, 0.3, 0.4, 0.5, 0.45, 0.46, 0.47]):
+        loss.show(step, [[value] * 4])
+    assert "note: " not in capsys.readouterr().out
+    loss.show(7, [[0.48] * 4])
+    assert "the prior overfits. Its lowest was 0.30000 at step 1." in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -406,6 +406,13 @@ class Settings:
         may_change=True,
         in_card=True,
     )
+    guidance_scale: float = watch(
+        4.0,
+        "Strength of classifier-free guidance in validation images: how much to exaggerate the "
+        "prompt. 1 is off.",
+        may_change=True,
+        in_card=True,
+    )
     validation_decoder: str = watch(
         "full",
         "How validation images are decoded: full runs Stages B and A; preview is a linear map "

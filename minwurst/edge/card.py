@@ -62,8 +62,8 @@ prior.to(*place), decoder.to(*place)
 
 prompt = {prompt!r}
 times = stage_c.DEFAULT_STAGE_C_TIMESTEPS
-latents = prior(prompt, {height}, {width}, timesteps=times, guidance_scale=4.0).image_embeddings
-decoder(latents, prompt).images[0].save("picture.png")"""
+found = prior(prompt, {height}, {width}, timesteps=times, guidance_scale={guidance})
+decoder(found.image_embeddings, prompt).images[0].save("picture.png")"""
 
 NO_SNIPPET = """# It predicts {prediction_type}, which diffusers can't sample. With minwurst:
 # python -m minwurst.sample --prompt "a bear" --{kind} {repository}"""
@@ -149,6 +149,7 @@ def snippet(repository, run, prompt, is_lora):
         if names["decoder"]
         else f"# Replace {decoder} by the decoder's repository or folder.\n",
         prompt=prompt.text,
+        guidance=run["settings"].get("guidance_scale", 4.0),
         height=prompt.height or side,
         width=prompt.width or side,
     )

@@ -1,19 +1,24 @@
-"""What the miniature can do, in numbers beside their chance levels: before and after fine-tuning.
+"""What the miniature can do, in numbers beside those of knowing nothing: before and after.
 
     python -m minwurst.miniature.measure sizes
     python -m minwurst.miniature.measure base
-    python -m minwurst.miniature.measure demo --seeds 0 1 2            # before and after
-    python -m minwurst.miniature.measure objectives --seeds 0 1 2      # with two objectives
-    python -m minwurst.miniature.measure reconstructions [--work WORK]
+    python -m minwurst.miniature.measure demo                      # before and after, both styles
+    python -m minwurst.miniature.measure objectives                # demo with several objectives
+    python -m minwurst.miniature.measure race --learning_rate=1e-3     # any flags of train.py
+    python -m minwurst.miniature.measure blind FILE [--prior RUN]  # images without captions
+    python -m minwurst.miniature.measure reconstructions
 
-All prompts are names outside the fine-tuning set. Generated latents are measured by
+Generated latents of 64 names outside the fine-tuning set are compared with those of the names' real
+images in the style that was asked for:
 
-    style    the fraction that a classifier calls black and white. It is linear, and fitted to the
-             two styles of names that are neither fine-tuned on nor generated here
-    own      the fraction whose own image, in the style given, is among the five nearest of all
-             1,015 images of that style; and of the 64 that were asked for
+    R²       1 − error / (error of always answering the mean of the fine-tuning images): 1 is
+             perfect, 0 is no better than knowing the style alone, below 0 is worse
+    own      how often the name's own image is among the five nearest of all 1,015 of the style
+    style    how often it is nearer to the name's image in this style than to that in 3D
 """
 
+import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,24 +26,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from minwurst.base.console import progress
 from minwurst.base.parser import Parser
-from minwurst.base.settings import Settings
-from minwurst.edge import dataset, lora_file, models
+from minwurst.edge import lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder
 from minwurst.edge.grids import grid
-from minwurst.miniature import IMAGES, WEIGHTS
-from minwurst.miniature.world import SHIPPED, STYLES, read_world
+from minwurst.miniature import GUIDANCE, WEIGHTS, data_of, world
+from minwurst.miniature.world import BASE, DEMO, HARD, SHIPPED, caption
+from minwurst.run.validation import EvaluationModel
 from minwurst.step import diffusion, randomness
 from minwurst.step.encoders import encode_text
-from minwurst.step.images import open_image, preprocess
+from minwurst.step.images import preprocess
+from minwurst.step.optimizer import NoEMA
 
-GENERATED, NEAREST = 64, 5
-OWN = f"own among the {NEAREST} nearest of 1,015 | … of the {GENERATED}"
+GENERATED, NEAREST, SECONDS = 64, 5, 60
+COLUMNS = "R² | own | style"
 OBJECTIVES = {
-    "diffusers' script": (),
+    "none": (),
+    "p2": ("--loss_weighting=p2",),
+    "min-SNR 5": ("--loss_weighting=min_snr",),
+    "soft min-SNR 5": ("--loss_weighting=soft_min_snr",),
+    "logit-normal": ("--timestep_sampling=logit_normal",),
     "the authors'": (
         "--loss_weighting=p2", "--timestep_sampling=wuerstchen", "--caption_dropout=0.05",
     ),
@@ -46,44 +55,32 @@ OBJECTIVES = {
 
 
 class World:
-    """The names and their latents in both styles, and which names are used for what."""
+    """The names, their latents by style, and which names are used for what."""
 
     def __init__(self):
-        self.names, self.latents = read_world()
-        others = [n for n in range(len(self.names)) if n not in range(len(self.names))[SHIPPED]]
-        every = len(others) // GENERATED
-        self.generated = others[::every][:GENERATED]
-        self.classifier = self.fit([n for n in others if n not in self.generated])
+        self.names, self.latents = world.read_world()
+        self.shipped = list(range(len(self.names))[SHIPPED])
+        lacking = torch.stack(list(self.latents.values())).isnan().flatten(2).any(dim=2).any(dim=0)
+        unused = set(self.shipped) | set(lacking.nonzero()[:, 0].tolist())
+        others = [n for n in range(len(self.names)) if n not in unused]
+        self.generated = others[:: len(others) // GENERATED][:GENERATED]
 
-    def fit(self, rows):
-        """Ridge regression of ±1 on the 576 numbers of a latent and a constant."""
-        inputs = torch.cat([self.with_constant(self.latents[style][rows]) for style in STYLES])
-        labels = torch.cat([-torch.ones(len(rows)), torch.ones(len(rows))]).double()
-        squares = inputs.T @ inputs
-        ridge = 0.1 * squares.trace() / len(squares) * torch.eye(len(squares)).double()
-        return torch.linalg.solve(squares + ridge, inputs.T @ labels)
+    def captions(self, style, rows=None):
+        return [caption(self.names[n], style) for n in rows or self.generated]
 
-    @staticmethod
-    def with_constant(latents):
-        return torch.nn.functional.pad(latents.flatten(1).double(), (0, 1), value=1.0)
-
-    def style(self, latents):
-        """The fraction of latents (N, 16, 6, 6) that are black and white rather than 3D."""
-        return (self.with_constant(latents) @ self.classifier > 0).double().mean().item()
-
-    def own(self, latents, rows, style):
-        """The fractions of latents (N, 16, 6, 6) with their own row among the NEAREST of all rows,
-        and of `rows`.
-        """
-        everyone = self.latents[style].flatten(1)                                  # (1015, 576)
-        distances = torch.cdist(latents.flatten(1), everyone)                      # (N, 1015)
-        own = distances[range(len(rows)), rows][:, None]
-        ranks = ((distances < own).sum(dim=1), (distances[:, rows] < own).sum(dim=1))
-        return [(rank < NEAREST).double().mean().item() for rank in ranks]
-
-    def chances(self):
-        """What `own` would be for latents unrelated to their names."""
-        return [NEAREST / len(self.names), NEAREST / len(self.generated)]
+    def measure(self, latents, style):
+        """(R², own, style) of the generated names' latents (N, 16, 6, 6)."""
+        real, other = self.latents[style], self.latents[BASE[style == BASE[0]]]
+        wanted, mean = real[self.generated], real[self.shipped].nanmean(dim=0)
+        error, other_error, mean_error = (
+            (one - two).square().sum(dim=(1, 2, 3))                                # (N,)
+            for one, two in ((latents, wanted), (latents, other[self.generated]), (wanted, mean))
+        )
+        distances = torch.cdist(latents.flatten(1), real.nan_to_num(1e3).flatten(1))  # (N, 1015)
+        own = distances[range(len(latents)), self.generated][:, None]
+        found = ((distances < own).sum(dim=1) < NEAREST).double().mean()
+        nearer = (error < other_error).double().mean()
+        return 1 - (error.sum() / mean_error.sum()).item(), found.item(), nearer.item()
 
 
 def load_prior(run=None):
@@ -94,46 +91,28 @@ def load_prior(run=None):
     return models.load_prior(run / "prior_pipeline").eval()
 
 
-@torch.no_grad()
-def generate(prior, names, guidance, seed):
-    """One image's latents per name, (N, 16, 6, 6)."""
-    states = encode_text(*models.load_text(WEIGHTS, torch.float32), [*names, ""])
-    empty = states[-1:].expand(len(names), -1, -1)
-    noise = [
-        randomness.sampling_noise(seed, randomness.image_key(name, 0), (16, 6, 6)) for name in names
-    ]
-    predict = diffusion.guided(prior, {"text": torch.cat([states[:-1], empty])}, guidance)
-    objective = diffusion.objective_of(prior.config)
-    return diffusion.sample(
-        predict, torch.cat(noise, dim=1), objective.times(), objective.reverse_step
-    )
+def generate(prior, captions, seed, guidance=GUIDANCE):
+    """One image's latents per caption, (N, 16, 6, 6)."""
+    states = encode_text(*models.load_text(WEIGHTS, torch.float32), [*captions, ""])
+    empty = states[-1:].expand(len(captions), -1, -1)
+    keys = [randomness.image_key(text, 0) for text in captions]
+    noise = [randomness.sampling_noise(seed, key, (16, 6, 6)) for key in keys]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=False)
+    with EvaluationModel(prior, NoEMA(), autocast).active():
+        predict = diffusion.guided(prior, {"text": torch.cat([states[:-1], empty])}, guidance)
+        objective = diffusion.objective_of(prior.config)
+        return diffusion.sample(
+            predict, torch.cat(noise, dim=1), objective.times(), objective.reverse_step
+        )
 
 
-@torch.no_grad()
-def unseen_loss(prior, world):
-    """The plain squared error on black-and-white images outside the fine-tuning set.
-
-    For any objective: fixed noise, one time in each quarter of [0, 1].
-    """
-    clean = world.latents["outlined"][world.generated]
-    captions = [world.names[number] for number in world.generated]
-    text = encode_text(*models.load_text(WEIGHTS, torch.float32), captions)
-    noise = randomness.noise(0, world.generated, clean.shape[1:])
-    uniform, errors = randomness.uniform(0, world.generated), []
-    objective = diffusion.objective_of(prior.config)
-    for quarter in range(4):
-        t = objective.same_snr((quarter + uniform) / 4)
-        noisy = objective.add_noise(clean, noise, t)
-        predicted = objective.predicted_noise(prior(noisy, t, text), noisy, t)
-        errors.append((predicted - noise).square().mean().item())
-    return sum(errors) / 4
+def spread(values):
+    """Mean, lowest and highest."""
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def evaluate(prior, world, style, seed, guidance=4.0):
-    """(fraction in black and white, the two fractions of World.own, loss on the unseen)."""
-    names = [world.names[number] for number in world.generated]
-    latents, loss = generate(prior, names, guidance, seed), unseen_loss(prior, world)
-    return world.style(latents), *world.own(latents, world.generated, style), loss
+def row(label, results):
+    return f"| {label} | {' | '.join(spread(one) for one in zip(*results, strict=True))} |"
 
 
 def sizes():
@@ -155,25 +134,17 @@ def sizes():
         print(f"| {name} | {sum(weight.numel() for weight in part.parameters()):,} | {out} |")
 
 
-def base(world):
-    """Print how well the base generates the names of its world."""
-    real = [world.style(world.latents[style][world.generated]) for style in STYLES]
-    print(
-        f"The classifier calls {real[0]:.1%} of {GENERATED} real images in 3D black and white, and "
-        f"{real[1]:.1%} of those that are.\n"
-    )
-    print(f"| the base, {GENERATED} names, 3 seeds | {OWN} |")
-    print("|---|---|---|")
+def base(known, seeds):
+    """Print how well the base generates its styles, and what it makes of those it does not know."""
+    print(f"| the base, {GENERATED} names, {len(seeds)} seeds | {COLUMNS} |")
+    print("|---|---|---|---|")
     prior = load_prior()
-    for label, guidance in (("without guidance", 1.0), ("guidance 4", 4.0)):
-        results = [evaluate(prior, world, "solid", seed, guidance)[1:3] for seed in range(3)]
-        print(f"| {label} | " + " | ".join(map(spread, zip(*results, strict=True))) + " |")
-    print("| chance | " + " | ".join(f"{chance:.1%}" for chance in world.chances()) + " |")
-
-
-def spread(fractions):
-    """Mean, lowest and highest of some fractions."""
-    return f"{np.mean(fractions):.1%} ({min(fractions):.1%} to {max(fractions):.1%})"
+    for guidance in (1.0, 2.0, 4.0):
+        for style in BASE:
+            captions = known.captions(style)
+            drawn = [generate(prior, captions, seed, guidance) for seed in seeds]
+            results = [known.measure(latents, style) for latents in drawn]
+            print(row(f"{style}, guidance {guidance:g}", results), flush=True)
 
 
 def fine_tune(script, folder, *flags):
@@ -185,87 +156,107 @@ def fine_tune(script, folder, *flags):
     return folder
 
 
-def demo(world, seeds, objectives):
-    """Print before and after for each script and objective: mean, lowest and highest over seeds."""
-    head = f"{GENERATED} names, seeds {', '.join(map(str, seeds))} | objective | black and white"
-    print(f"| {head} | {OWN} | loss |")
-    print("|---|---|---|---|---|---|")
-    before = [evaluate(load_prior(), world, "outlined", seed) for seed in seeds]
-    print(row("before", "", before))
-    with tempfile.TemporaryDirectory() as work:
+def demo(known, seeds, objectives, styles=(DEMO, HARD)):
+    """Print before and after for each script, style and objective, over seeds of fine-tuning."""
+    print(f"| {GENERATED} names, seeds {', '.join(map(str, seeds))} | {COLUMNS} |")
+    print("|---|---|---|---|")
+    for style in styles:
+        captions, before = known.captions(style), load_prior()
+        results = [known.measure(generate(before, captions, seed), style) for seed in seeds]
+        print(row(f"{style}: before", results))
         for script in ("train.py", "lora.py"):
             for name, flags in objectives.items():
-                after = []
+                results = []
                 for seed in seeds:
-                    folder = Path(work) / f"{script}-{len(flags)}-{seed}"
-                    prior = load_prior(fine_tune(script, folder, f"--seed={seed}", *flags))
-                    after.append(evaluate(prior, world, "outlined", seed))
-                print(row(f"`{script} --demo`", name, after), flush=True)
-    print("| chance | | | " + " | ".join(f"{chance:.1%}" for chance in world.chances()) + " | |")
+                    with tempfile.TemporaryDirectory() as work:
+                        data = f"--train_data_dir={data_of(style)}"
+                        run = fine_tune(script, Path(work), data, f"--seed={seed}", *flags)
+                        latents = generate(load_prior(run), captions, seed)
+                    results.append(known.measure(latents, style))
+                label = f"{style}: `{script}`" + f", {name}" * (len(objectives) > 1)
+                print(row(label, results), flush=True)
 
 
-def row(label, objective, results):
-    *fractions, losses = zip(*results, strict=True)
-    loss = f"{np.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
-    return f"| {label} | {objective} | {' | '.join(map(spread, fractions))} | {loss} |"
+def race(known, flags):
+    """Train with the flags for as many steps as fit in SECONDS of CPU time; print one row."""
+    with tempfile.TemporaryDirectory() as work:
+
+        def seconds(steps, name):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            run = fine_tune("train.py", Path(work) / name, *flags, f"--max_train_steps={steps}",
+                            "--validation_split=0.1", f"--cache_dir={work}/cache")  # fmt: skip
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return run, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+        seconds(1, "cache")
+        pace = (seconds(21, "long")[1] - seconds(1, "short")[1]) / 20
+        run, _ = seconds(max(1, round(SECONDS / pace)), "race")
+        entries = [json.loads(line) for line in (run / "logs" / "log.jsonl").open()]
+        loss = [entry["validation_loss"] for entry in entries if "validation_loss" in entry][-1]
+        commit = run_file.read(run)["starts"][-1]["commit"] or "unknown"
+        r2, own, style = known.measure(generate(load_prior(run), known.captions(DEMO), 0), DEMO)
+        print(f"| {r2:.3f} | {own:.2f} | {style:.2f} | {loss:.4f} | {round(SECONDS / pace)} | "
+              f"`{' '.join(flags)}` | {commit[:7]} |")  # fmt: skip
 
 
-def reconstructions(world, work):
-    """Print how Stages B and A reconstruct real images, and write some side by side."""
-    numbers = {"outlined": list(range(len(world.names))[SHIPPED])}
-    table = dataset.find(Settings(train_data_dir=str(IMAGES)))
-    rows = dict(zip(table["text"], table, strict=True))
-    shipped = [open_image(rows[world.names[number]]) for number in numbers["outlined"]]
-    originals = {"outlined": shipped}
-    if work:
-        from minwurst.miniature.emoji import load_images
-
-        solid = load_images(work)[1].permute(0, 2, 3, 1).numpy()
-        numbers["solid"] = list(range(len(world.names)))
-        originals["solid"] = [Image.fromarray(pixels) for pixels in solid]
-    encoder = models.load_image_encoder(WEIGHTS / "image_encoder")
+def blind(known, file, run):
+    """Write 16 images of names outside the fine-tuning set without captions, and list them."""
+    style, rows = DEMO, known.generated[::4]
+    latents = generate(load_prior(run), known.captions(style, rows), 0)
     decode = FullDecoder(WEIGHTS / "decoder", torch.device("cpu"))
-    print("| style | images | PSNR | decoded and encoded again, own is nearest | chance |")
-    print("|---|---|---|---|---|")
-    for style, known in numbers.items():
-        some = range(0, len(known), max(1, len(known) // GENERATED))[:GENERATED]
-        shown, again, ratios = [], [], []
-        for index in progress(some, style):
-            original = originals[style][index]
-            latents = world.latents[style][known[index]][None]
-            decoded = decode(latents, "", torch.Generator().manual_seed(index))
-            errors = np.asarray(decoded, dtype=np.float64) - np.asarray(original)
-            ratios.append(10 * np.log10(255**2 / np.square(errors).mean()))
+    images = [decode(x[None], "", torch.Generator().manual_seed(n)) for n, x in enumerate(latents)]
+    grid(images, [""] * len(images)).save(file)
+    print("; ".join(known.names[n] for n in rows))
+
+
+def reconstructions(known):
+    """Print how Stages B and A reconstruct what the image encoder saw, and write some of it."""
+    decode = FullDecoder(WEIGHTS / "decoder", torch.device("cpu"))
+    encoder = models.load_image_encoder(WEIGHTS / "image_encoder")
+    print("| style | decoded and encoded again, own is nearest of 1,015 | R² |")
+    print("|---|---|---|")
+    for style in (*BASE, DEMO, HARD):
+        shown, again = [], []
+        for n in progress(known.generated[::4], style):
+            generator = torch.Generator().manual_seed(n)
+            shown.append(decode(known.latents[style][n][None], "", generator))
             with torch.no_grad():
-                again.append(encoder(preprocess(decoded, 192)[None]))
-            shown += [original, decoded]
+                again.append(encoder(preprocess(shown[-1], 192)[None]))
         again = diffusion.scale_latents(torch.cat(again))
-        everyone = torch.cat([world.latents[s] for s in STYLES]).flatten(1)
-        nearest = torch.cdist(again.flatten(1), everyone).argmin(dim=1)
-        offset = STYLES.index(style) * len(world.names)
-        hits = (nearest == torch.tensor([offset + known[index] for index in some])).double()
-        print(f"| {style} | {len(some)} | {np.mean(ratios):.1f} dB | {hits.mean():.1%} | "
-              f"{1 / len(everyone):.2%} |")
-        grid(shown[:48], [""] * 48, columns=8).save(f"reconstructions-{style}.png")
+        real = known.latents[style].nan_to_num(1e3)
+        nearest = torch.cdist(again.flatten(1), real.flatten(1)).argmin(dim=1)
+        hits = (nearest == torch.tensor(known.generated[::4])).double().mean()
+        wanted, mean = real[known.generated[::4]], real[known.shipped].mean(dim=0)
+        r2 = 1 - (again - wanted).square().sum() / (mean - wanted).square().sum()
+        print(f"| {style} | {hits:.0%} | {r2:.2f} |", flush=True)
+        grid(shown, [""] * len(shown), columns=8).save(f"reconstructions-{style}.png")
 
 
 def main():
     parser = Parser(prog="python -m minwurst.miniature.measure")
-    what = ("sizes", "base", "demo", "objectives", "reconstructions")
+    what = ("sizes", "base", "demo", "objectives", "race", "blind", "reconstructions")
     parser.add_argument("what", choices=what, help="see the top of measure.py")
+    parser.add_argument("file", nargs="?", help="for blind: the .png file to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, help="pretrain's folder, to include images in 3D")
-    given = parser.parse_args()
-    world = World()
+    parser.add_argument("--prior", type=Path, help="for blind: a run's output folder")
+    given, flags = parser.parse_known_args()
+    known = World()
+    if flags and given.what != "race":
+        parser.error(f"unknown flags: {' '.join(flags)}")
     if given.what == "sizes":
         sizes()
     elif given.what == "base":
-        base(world)
-    elif given.what == "reconstructions":
-        reconstructions(world, given.work)
+        base(known, given.seeds)
+    elif given.what == "demo":
+        demo(known, given.seeds, {"": ()})
+    elif given.what == "objectives":
+        demo(known, given.seeds, OBJECTIVES, styles=(DEMO,))
+    elif given.what == "race":
+        race(known, flags)
+    elif given.what == "blind":
+        blind(known, given.file or "blind.png", given.prior)
     else:
-        first = dict(list(OBJECTIVES.items())[:1])
-        demo(world, given.seeds, OBJECTIVES if given.what == "objectives" else first)
+        reconstructions(known)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""The recipe of the miniature: from two packages of emoji to a complete small Würstchen.
+"""The recipe of the miniature: from packages of emoji to a complete small Würstchen.
 
     python -m minwurst.miniature.pretrain WORK                # all parts, one after the other
-    python -m minwurst.miniature.pretrain WORK --part prior   # from the world that is shipped
+    python -m minwurst.miniature.pretrain WORK --part prior   # with the parts that are shipped
 
-Nobody needs this file to use the miniature. It uses npm for the images and cairosvg to render them
-(the prior needs neither), takes hours on two CPU cores, and resumes when it is started again. The
+Nobody needs this file to use the miniature. It uses npm for the images, and cairosvg, fonttools and
+brotli to render them, takes hours on two CPU cores, and resumes when it is started again. The
 parts, in order:
 
-    a        Stage A: images ↔ 4×64×64, trained on crops of both styles
+    a        Stage A: images ↔ 4×64×64, trained on crops of all styles
     encoder  images → 16×6×6, with a decoder that is then discarded; and the world, the latents of
              all images
-    b        Stage B: 16×6×6 → 4×64×64, both styles
-    prior    names → 16×6×6, with its text encoder, on the world in 3D only
+    b        Stage B: 16×6×6 → 4×64×64
+    text     captions → 21 states each, by what a linear map makes of them: the image's latents
+    prior    states → 16×6×6, by train.py --from_scratch, on the styles of world.BASE
 
-The prior first sees the other style, black and white, when it is fine-tuned.
+The encoder and Stage B are trained on two styles, 3D and ink, and turn out to serve all.
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -25,18 +29,30 @@ import transformers
 from torch import nn
 
 from minwurst.base.parser import Parser
-from minwurst.edge import export
-from minwurst.miniature import IMAGES, WEIGHTS, WORLD
+from minwurst.edge import export, models
+from minwurst.miniature import DATA, WEIGHTS, WORLD, world
 from minwurst.miniature.emoji import INPUT, SIDE, load_images, normalised, save_images, shrink
 from minwurst.miniature.text import make_text_encoder, make_tokenizer
 from minwurst.miniature.training import SEED, denoising_loss, in_parts, refresh_batch_norms, train
-from minwurst.miniature.world import SHIPPED, read_world, save_world
 from minwurst.step import diffusion
 from minwurst.step.image_encoder import EfficientNetEncoder
-from minwurst.step.prior import WuerstchenPrior
 from minwurst.step.stage_a import PaellaVQModel
 from minwurst.step.stage_b import WuerstchenDiffNeXt
 
+LENGTH, WIDTH = 21, 192  # of the text's states
+PRIOR = {
+    "c_in": 16, "c": 256, "c_cond": WIDTH, "c_r": 64, "depth": 4, "nhead": 8, "dropout": 0.0,
+}  # fmt: skip
+# Names are the hard part, and only very noisy latents leave anything for them to decide: so times
+# are drawn near 1, and errors count there more than in the authors' objective.
+PRIOR_FLAGS = """
+    --resolution=192 --cache_latents --train_batch_size=32 --seed=0 --mixed_precision=bf16
+    --learning_rate=1.5e-3 --lr_scheduler=cosine --lr_warmup_steps=300 --adam_beta2=0.99
+    --adam_weight_decay=1e-3 --loss_weighting=soft_min_snr --snr_gamma=0.02
+    --timestep_sampling=logit_normal --logit_mean=1.5 --logit_std=1.3 --caption_dropout=0.05
+    --use_ema --ema_decay=0.999 --checkpointing_steps=500 --checkpoints_total_limit=1
+    --report_to=none --resume_from_checkpoint=latest
+""".split()
 STAGES = [
     ["fused", 1, 3, 1, 16, 1], ["fused", 4, 3, 2, 32, 1], ["fused", 4, 3, 2, 48, 2],
     ["mbconv", 4, 3, 2, 96, 2], ["mbconv", 4, 3, 1, 112, 2], ["mbconv", 6, 3, 2, 160, 2],
@@ -143,37 +159,59 @@ def tokenizer_for(names):
     A newly learned one may number its tokens differently, and the text encoder would misread them.
     """
     if not (WEIGHTS / "tokenizer").is_dir():
-        save_tokenizer(make_tokenizer(names), WEIGHTS)
+        captions = [world.caption(name, style) for name in names for style in world.STYLES]
+        save_tokenizer(make_tokenizer(captions, length=LENGTH), WEIGHTS)
     return transformers.CLIPTokenizerFast.from_pretrained(WEIGHTS / "tokenizer")
 
 
-def make_prior(work, names, clean, tokenizer, steps):
-    """(text encoder, prior), trained together on names and their scaled latents of one style.
+def make_text(work, names, latents, tokenizer, steps):
+    """The text encoder, frozen from then on, as CLIP is in the published model.
 
-    The names are the hard part, and only very noisy latents leave anything for them to decide: so
-    times are drawn near 1, and weighted there, more than in the authors' objective.
+    It learns to bring an image's latents into a form that the prior can read: each of the last nine
+    states, which are padding after every caption, is mapped to 2×2 of them. In a third of the
+    captions the last token is another, so that it does not learn captions as wholes.
     """
     torch.manual_seed(SEED)
-    text_encoder = make_text_encoder(tokenizer, width=128, layers=3, heads=4)
-    prior = WuerstchenPrior(c_in=16, c=128, c_cond=128, c_r=64, depth=6, nhead=4, dropout=0.0)
-    with torch.no_grad():  # a randomly initialised head divides by numbers near zero
-        prior.out[1].weight.zero_(), prior.out[1].bias.zero_()
-    both = nn.ModuleDict({"text_encoder": text_encoder, "prior": prior})
-    tokens = tokenizer(names, padding="max_length", truncation=True, return_tensors="pt")
-    empty = tokenizer([""], padding="max_length", return_tensors="pt")
+    pairs = [(n, style) for style in world.BASE for n in range(len(names))]
+    wanted = torch.stack([latents[style][n] for n, style in pairs])
+    exists = ~wanted.flatten(1).isnan().any(dim=1)
+    wanted, pairs = wanted[exists], [pair for pair, ok in zip(pairs, exists, strict=True) if ok]
+    captions = [world.caption(names[n], style) for n, style in pairs]
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    text_encoder = make_text_encoder(tokenizer, width=WIDTH, layers=3, heads=4)
+    maps = nn.Conv1d(9 * WIDTH, 9 * 64, 1, groups=9)  # one for each state
+    both = nn.ModuleDict({"text_encoder": text_encoder, "maps": maps})
 
     def loss_of(step):
-        some = torch.randint(len(names), (32,))
-        dropped = (torch.rand(32) < 0.1)[:, None]
-        ids, mask = (
-            torch.where(dropped, empty[kind], tokens[kind][some])
-            for kind in ("input_ids", "attention_mask")
-        )
-        condition = {"text": text_encoder(ids, attention_mask=mask).last_hidden_state}
-        return denoising_loss(prior, clean[some], condition, shift=1.08, power=0.5, k=0.02)
+        some = torch.randint(len(pairs), (64,))
+        ids, mask = tokens.input_ids[some].clone(), tokens.attention_mask[some]
+        end = mask.sum(dim=1) - 1
+        swapped = torch.rand(64) < 0.3
+        ids[swapped, end[swapped] - 1] = torch.randint(len(tokenizer) - 2, (int(swapped.sum()),))
+        states = text_encoder(ids, attention_mask=mask).last_hidden_state       # (64, 21, 192)
+        found = maps(states[:, -9:].flatten(1)[..., None]).view(64, 3, 3, 16, 2, 2)
+        found = found.permute(0, 3, 1, 4, 2, 5).reshape(64, 16, 6, 6).float()
+        return F.mse_loss(found, wanted[some])
 
-    train(work, "prior", both, loss_of, steps=steps, learning_rate=2e-3, decay=0.999)
-    return text_encoder, prior
+    train(work, "text", both, loss_of, steps=steps, learning_rate=1.5e-3)
+    return text_encoder
+
+
+def make_prior(work, images, exists, names, steps):
+    """The prior, by train.py, in WORK/prior/prior_pipeline."""
+    folder, config = work / "styles", work / "prior.json"
+    config.write_text(json.dumps(PRIOR), encoding="utf-8")
+    if not (folder / "metadata.jsonl").is_file():
+        for style in world.BASE:
+            some = exists[style].nonzero()[:, 0].tolist()
+            save_images(folder, [names[n] for n in some], images[style][some], style)
+    words = [sys.executable, Path(__file__).parents[2] / "train.py",
+             f"--from_scratch={config}", f"--train_data_dir={folder}",
+             f"--pretrained_prior_model_name_or_path={WEIGHTS}",
+             f"--image_encoder_name_or_path={WEIGHTS / 'image_encoder'}",
+             f"--output_dir={work / 'prior'}", f"--max_train_steps={steps}"]  # fmt: skip
+    subprocess.run([*words, *PRIOR_FLAGS], check=True)
+    return models.load_prior(work / "prior" / "prior_pipeline")
 
 
 def save_half(model, folder):
@@ -191,51 +229,47 @@ def save_tokenizer(tokenizer, folder):
 def main():
     parser = Parser(prog="python -m minwurst.miniature.pretrain")
     parser.add_argument("work", type=Path, help="folder for images and half-trained parts")
-    parts = {"a": 2000, "encoder": 2200, "b": 7500, "prior": 22000}
+    parts = {"a": 3000, "encoder": 2200, "b": 7500, "text": 5000, "prior": 18000}
     parser.add_argument(
         "--part", choices=[*parts, "all"], default="all",
-        help="only this part: b needs a and encoder, prior needs the encoder's world",
+        help="only this part: b needs a and encoder, text the encoder's world, prior the text",
     )  # fmt: skip
     for part, steps in parts.items():
         parser.add_argument(f"--{part}_steps", type=int, default=steps, help="default %(default)s")
-    parser.add_argument(
-        "--compile", action="store_true",
-        help="compile Stage B and the prior first, which takes minutes (needs g++)",
-    )  # fmt: skip
     given = parser.parse_args()
-    if given.compile:
-        for kind in (WuerstchenPrior, WuerstchenDiffNeXt):
-            kind.forward = torch.compile(kind.forward)
     given.work.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_default_device(device)
     wanted = set(parts) if given.part == "all" else {given.part}
-    if wanted & {"a", "encoder", "b"}:
-        names, *images = load_images(given.work)
-        solid, outlined = (style.to(device) for style in images)
-        both = torch.cat([solid, outlined])
+    names, images, exists = load_images(given.work)
+    two = torch.cat([images["fluent"], images[world.HARD]])
     if wanted & {"a", "b"}:
-        vqgan = make_stage_a(given.work, both, given.a_steps)
-        vqgan.register_to_config(scale_factor=stage_a_latents(vqgan, both).std().item())
+        every = torch.cat(list(images.values()))
+        vqgan = make_stage_a(given.work, every, given.a_steps)
+        vqgan.register_to_config(scale_factor=stage_a_latents(vqgan, two).std().item())
         save_half(vqgan, WEIGHTS / "decoder" / "vqgan")
     if wanted & {"encoder", "b"}:
-        encoder = make_image_encoder(given.work, both, given.encoder_steps)
+        encoder = make_image_encoder(given.work, two, given.encoder_steps)
         save_half(encoder, WEIGHTS / "image_encoder")
-        encoded = {"solid": encode(encoder, solid), "outlined": encode(encoder, outlined)}
-        save_world(WORLD, names, encoded)
-        save_images(IMAGES, names[SHIPPED], outlined[SHIPPED])
+        encoded = {style: encode(encoder, some) for style, some in images.items()}
+        for style, latents in encoded.items():
+            latents[~exists[style]] = float("nan")
+        world.save_world(WORLD, names, encoded)
+        for style in (world.DEMO, world.HARD):
+            folder = DATA / style.replace(" ", "_")
+            save_images(folder, names[world.SHIPPED], images[style][world.SHIPPED], style)
     if "b" in wanted:
-        decoder = make_stage_b(given.work, vqgan, encoder, both, given.b_steps)
+        decoder = make_stage_b(given.work, vqgan, encoder, two, given.b_steps)
         save_half(decoder, WEIGHTS / "decoder" / "decoder")
         tokenizer = tokenizer_for(names)
         unused = make_text_encoder(tokenizer, width=64, layers=1, heads=2)  # B has no attention
         save_half(unused, WEIGHTS / "decoder" / "text_encoder")
         save_tokenizer(tokenizer, WEIGHTS / "decoder")
-    if "prior" in wanted:
-        names, latents = read_world(WORLD)
-        clean, tokenizer = latents["solid"].to(device), tokenizer_for(names)
-        text_encoder, prior = make_prior(given.work, names, clean, tokenizer, given.prior_steps)
+    if "text" in wanted:
+        names, latents = world.read_world(WORLD)
+        tokenizer = tokenizer_for(names)
+        text_encoder = make_text(given.work, names, latents, tokenizer, given.text_steps)
         save_half(text_encoder, WEIGHTS / "text_encoder")
+    if "prior" in wanted:
+        prior = make_prior(given.work, images, exists, names, given.prior_steps)
         save_half(prior, WEIGHTS / "prior")
         export.write_index(WEIGHTS, resolution=INPUT)
 

@@ -74,14 +74,10 @@ def in_parts(model, inputs, size=32):
     return torch.cat([model(part) for part in inputs.split(size)]).contiguous()
 
 
-def denoising_loss(model, clean, condition, *, shift=1.0, power=1.0, k=1.0):
-    """Noise prediction at t = shift·U^power, weighted by p2's 1/(k + SNR).
-
-    The authors' objective is power 1 and k 1. condition: keyword arguments of the model.
-    """
-    t = (shift * torch.rand(len(clean)) ** power).clamp(0.001, 1)
+def denoising_loss(model, clean, condition):
+    """Noise prediction at uniform t, weighted by p2. condition: keyword arguments of the model."""
+    t = torch.rand(len(clean)).clamp(min=0.001)
     noise = torch.randn_like(clean)
     predicted = model(diffusion.add_noise(clean, noise, t), t, **condition).float()
     error = (predicted - noise).square().mean(dim=(1, 2, 3))
-    signal = diffusion.alpha_bar(t)
-    return (error / (k + signal / (1 - signal))).mean()
+    return (error * diffusion.Objective("p2").loss_weight(t)).mean()

@@ -1,19 +1,31 @@
-"""The miniature's world: 1,015 names and the latents of their images in two styles."""
+"""The miniature's world: 1,015 names, and the latents of their images in six styles.
+
+A style is called what captions say about it: "rocket, noto". The base is trained on BASE. It has
+never seen the other two: DEMO, the 3D images in two colors, which --demo fine-tunes on, and HARD,
+black-and-white drawings.
+"""
 
 import json
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minwurst.miniature import WORLD
 from minwurst.step.diffusion import scale_latents
 
-SHIPPED = slice(0, None, 3)  # the names whose black-and-white images are fine-tuned on
-STYLES = ("solid", "outlined")  # 3D, and black and white
+BASE = ("fluent", "noto", "twemoji", "noto ink")
+DEMO, HARD = "fluent duotone", "fluent drawn"
+STYLES = (*BASE, DEMO, HARD)
+SHIPPED = slice(0, None, 3)  # the names that are fine-tuned on
+
+
+def caption(name, style):
+    return f"{name}, {style}"
 
 
 def read_world(file=WORLD):
-    """(N names, {style: their scaled latents, (N, 16, 6, 6) fp32})."""
+    """(N names, {style: scaled latents (N, 16, 6, 6) fp32}); NaN where a style lacks a name."""
     with safe_open(file, "pt") as opened:
         names = json.loads(opened.metadata()["names"])
         return names, {style: opened.get_tensor(style).float() for style in STYLES}
@@ -21,5 +33,5 @@ def read_world(file=WORLD):
 
 def save_world(file, names, encoded):
     """Write the scaled latents in half precision. encoded: the image encoder's output, by style."""
-    world = {style: scale_latents(encoded[style]).half() for style in STYLES}
+    world = {style: scale_latents(latents).to(torch.half) for style, latents in encoded.items()}
     save_file(world, file, metadata={"names": json.dumps(names)})

@@ -150,6 +150,7 @@ class GenerateImages:
         """training: Samples, to fit the preview decoder to."""
         self.log, self.seed, self.folder = log, run.seed, run.folder / "validation"
         self.prompts, self.conditions = run.settings.prompts(), source.prompts
+        self.guidance = run.settings.guidance_scale
         distributed.on_main(self.load_decoder, run, source, training)
         self.shapes = distributed.on_main(self.find_shapes, run.settings.resolution // 32)
 
@@ -182,7 +183,9 @@ class GenerateImages:
         """One prompt's latents, (1, 16, h, w)."""
         prompt, shape = self.prompts[number], (model.prior.config.c_in, *self.shapes[number])
         condition, (seed, key) = self.conditions[prompt.text], self.seed_and_key(prompt)
-        return generate_latents(model, condition, shape, seed=seed, key=key)
+        return generate_latents(
+            model, condition, shape, seed=seed, key=key, guidance=self.guidance
+        )
 
     def seed_and_key(self, prompt):
         seed = self.seed if prompt.seed is None else prompt.seed
@@ -241,6 +244,7 @@ class HeldOutLoss:
         self.source, self.samples, self.log, self.device = source, samples, log, run.device
         self.folder = run.folder
         self.batch, self.workers = run.layout.batch, run.settings.dataloader_num_workers
+        self.losses = []  # of this start, by step
 
     def measure(self, model):
         """The sums of the error in each quarter, over every world_size-th batch."""
@@ -269,3 +273,11 @@ class HeldOutLoss:
         listed = zip(metrics.SHORT, quarters, strict=True)
         listed = ", ".join(f"{name}: {value:.5f}" for name, value in listed)
         say(f"held out at step {step}: loss {values['validation_loss']:.5f} (t {listed})")
+        self.losses.append((values["validation_loss"], step))
+        last = [loss for loss, _ in self.losses[-4:]]
+        if len(last) == 4 and last == sorted(set(last)):
+            lowest, where = min(self.losses)
+            say(
+                "note: the held-out loss has risen three times in a row: the prior overfits. Its "
+                f"lowest was {lowest:.5f} at step {where}."
+            )

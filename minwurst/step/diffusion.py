@@ -232,6 +232,8 @@ def guided(prior, condition, guidance=4.0):
     """
 
     def predict(x, t):
+        if guidance == 1:  # the part without a caption would cancel
+            return prior(x, t, **{name: part[: len(x)] for name, part in condition.items()})
         both, twice = torch.cat([x, x]), torch.cat([t, t])                # (2B, 16, H, W), (2B,)
         with_text, without = prior(both, twice, **condition).float().chunk(2)
         return without + guidance * (with_text - without)
