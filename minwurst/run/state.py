@@ -108,11 +108,13 @@ def check_fit(keyword, saved, expected, every):
 
 
 def check_adam(saved, weights):
-    """UserError unless every weight, or none, has all that torch's AdamW remembers of it.
+    """UserError unless every trained weight, or none, has all that torch's AdamW remembers of it.
 
-    The fused AdamW would read beyond a tensor that has fewer numbers than its weight.
+    The fused AdamW would read beyond a tensor that has fewer numbers than its weight. Buffers,
+    which may be among the weights, have no such state.
     """
-    for name, weight in weights.items() if saved else ():
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    for name, weight in trained.items() if saved else ():
         for key, shape in (("step", ()), ("exp_avg", weight.shape), ("exp_avg_sq", weight.shape)):
             found = saved.get(f"{name}.{key}")
             if found is None or found.shape != shape or not found.is_floating_point():
