@@ -116,7 +116,7 @@ def main(settings):
             t = objective.timesteps(uniform)                                                 # (B,)
             noise = randomness.noise_like(latents, run.seed, positions)            # (B, 16, h, w)
             noisy = objective.add_noise(latents, noise, t)                         # (B, 16, h, w)
-            target = objective.target(latents, noise, t)         # the noise itself, (B, 16, h, w)
+            target = objective.target(latents, noise, t)          # usually the noise, (B, 16, h, w)
 
             with distributed.sync_gradients(model, last=micro_step == accumulation - 1):
                 with autocast:

@@ -13,13 +13,12 @@ import torch
 from minwurst import miniature, pipelines
 from minwurst.base.settings import Settings
 from minwurst.edge import dataset, models
-from minwurst.sample import SampleSettings
 from minwurst.step import diffusion, randomness
 from minwurst.step.encoders import encode_text
 from minwurst.step.images import open_image, preprocess
 
 ROOT = Path(miniature.__file__).parents[2]  # of the repository: train.py and lora.py are here
-GUIDANCE = float(miniature.SAMPLE.get("guidance_scale", SampleSettings.guidance_scale))
+GUIDANCE = miniature.GUIDANCE
 QUIET = ("--demo", "--validation_prompts", "--report_to=none")  # no images while training
 
 
