@@ -149,7 +149,7 @@ def main(settings):
     with ema.in_place():
         folder = run.folder / export.FOLDER
         result = distributed.on_main(
-            export.save_pipeline, prior, folder, parts.text, settings.resolution
+            export.save_pipeline, prior, folder, parts.text, settings.said()
         )
     run.report(result)
 

@@ -40,6 +40,7 @@ def main():
         + ", ".join(roofline.CARDS) + " (default H100)",
     )  # fmt: skip
     given = parser.parse_args()
+    torch.backends.cuda.enable_flash_sdp(True)  # as on a GPU; training on a CPU turns it off
     with one_line("minwurst.cost"):
         if given.roofline:
             print("\n".join(roofline.table(given.roofline)))

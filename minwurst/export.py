@@ -78,7 +78,7 @@ def write(folder, wanted, output=None):
     if isinstance(settings, LoRASettings):
         lora_file.save(prior, target)
     else:
-        export.save_pipeline(prior, target, parts.text, settings.resolution)
+        export.save_pipeline(prior, target, parts.text, settings.said())
     if not output:
         exported = {"checkpoint": found.name, "steps": progress["step"]}
         run_file.add(folder, exported=exported)

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minwurst.base.errors import UserError, blame, one_line
-from minwurst.base.model_folder import own_parts
+from minwurst.base.model_folder import SAID, own_parts
 from minwurst.base.parser import Parser
 from minwurst.edge import export, lora_file, models
 from minwurst.edge.files import not_finite, reason, replacing
@@ -38,8 +38,8 @@ def show(file):
 def merge(file, source, output, scale):
     """Write the prior of `source` with a LoRA in its weights to the new folder `output`.
 
-    The folder takes the source's place: it gets the text encoder, and the image encoder, decoder
-    and resolution where the source has them.
+    The folder takes the source's place: it gets the text encoder, and the image encoder, decoder,
+    resolution and guidance where the source has them.
     """
     output = Path(output)
     if output.exists():
@@ -57,8 +57,9 @@ def merge(file, source, output, scale):
         raise UserError(f"--scale {scale} makes {name} infinite or NaN. Nothing was written.")
     try:
         with replacing(output) as draft:
-            export.write_parts(draft, prior, text, own.get("resolution"))
-            for part in own.keys() - {"resolution"}:
+            said = {name: value for name, value in own.items() if name in SAID}
+            export.write_parts(draft, prior, text, said)
+            for part in own.keys() - said.keys():
                 shutil.copytree(own[part], draft / part)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} was not written: {reason(error)}") from None

@@ -8,14 +8,16 @@
 import torch
 
 from minwurst.base.errors import UserError
-from minwurst.base.model_folder import own_parts
+from minwurst.base.model_folder import SAID, own_parts
 from minwurst.base.settings import Settings
-from minwurst.edge import lora_file, models
+from minwurst.edge import lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder
 from minwurst.run.validation import EvaluationModel, generate_latents
 from minwurst.step import adapter, randomness
 from minwurst.step.encoders import condition_of
 from minwurst.step.optimizer import NoEMA
+
+DECODER = "pretrained_decoder_model_name_or_path"
 
 
 def load(
@@ -24,14 +26,16 @@ def load(
 ):  # fmt: skip
     """A Wuerstchen, ready to be called.
 
-    prior, decoder: folders or Hub repositories; by default, the decoder is the one in the prior's
-    folder, or else the published one. dtype: of the prior and text encoder; the decoder is fp32, or
-    fp16 on a GPU. lora: file, folder or repository of a LoRA, which is merged into the
-    prior with strength lora_scale. A UserError names what is missing or broken.
+    prior, decoder: folders or Hub repositories; prior may be the output folder of a run. By
+    default, the decoder is that of the run, or the one in the prior's folder, or else the published
+    one. dtype: of the prior and text encoder; the decoder is fp32, or fp16 on a GPU. lora: file,
+    folder or repository of a LoRA, which is merged into the prior with strength lora_scale. A
+    UserError names what is missing or broken.
     """
     folder, device = models.locate("prior", prior), torch.device(device)
-    own = own_parts(folder)
-    decoder = decoder or own.get("decoder", Settings.pretrained_decoder_model_name_or_path)
+    run = run_file.folder_of(prior) or run_file.folder_of(lora)
+    own = {**(run_file.read(run)["settings"] if run else {}), **own_parts(folder)}
+    decoder = decoder or own.get("decoder") or own.get(DECODER) or getattr(Settings, DECODER)
     text = models.load_text(models.text_folder(folder, where="prior"), dtype)
     network = models.load_prior(folder, dtype, as_trained=not lora)
     if lora:
@@ -42,24 +46,26 @@ def load(
     decode = FullDecoder(models.locate("decoder", decoder), device, half)
     autocast = torch.autocast(device.type, dtype, enabled=half)
     prior = EvaluationModel(network.to(device), NoEMA(), autocast)
-    size = decode.latent_size(own.get("resolution", Settings.resolution) // 32)
-    return Wuerstchen(text[0], text[1].to(device), prior, decode, size)
+    resolution, guidance = (own.get(name, getattr(Settings, name)) for name in SAID)
+    size = decode.latent_size(resolution // 32)
+    return Wuerstchen(text[0], text[1].to(device), prior, decode, size, guidance)
 
 
 class Wuerstchen:
     """Attributes: tokenizer, text_encoder, prior (an EvaluationModel), decode (a FullDecoder), size
-    (of an image's latents by default).
+    (of an image's latents by default), guidance (by default).
     """
 
-    def __init__(self, tokenizer, text_encoder, prior, decode, size):
+    def __init__(self, tokenizer, text_encoder, prior, decode, size, guidance):
         self.tokenizer, self.text_encoder, self.prior = tokenizer, text_encoder, prior
-        self.decode, self.size = decode, size
+        self.decode, self.size, self.guidance = decode, size, guidance
 
-    def latents(self, prompt, seed=0, size=None, guidance=4.0):
+    def latents(self, prompt, seed=0, size=None, guidance=None):
         """The prior's latents of an image, (1, 16, h, w), scaled.
 
         size: h = w, or (h, w). 24 gives 1024 pixels; a multiple of 3, which is what can be decoded.
-        Default: from the resolution that the prior's folder states, else 24.
+        Default: from the resolution that the prior's folder states, else 24; of the guidance, what
+        the folder states, else 4.
         """
         size = size or self.size
         height, width = size if isinstance(size, tuple) else (size, size)
@@ -67,12 +73,13 @@ class Wuerstchen:
             raise UserError(f"size is {size}; it must be a multiple of 3.")
         condition = condition_of(self.tokenizer, self.text_encoder, [prompt, ""])
         shape, key = (self.prior.prior.config.c_in, height, width), randomness.image_key(prompt, 0)
+        guidance = self.guidance if guidance is None else guidance
         with self.prior.active():
             return generate_latents(
                 self.prior, condition, shape, seed=seed, key=key, guidance=guidance
             )
 
-    def __call__(self, prompt, seed=0, size=None, guidance=4.0):
+    def __call__(self, prompt, seed=0, size=None, guidance=None):
         """An RGB image, the same as `minwurst.sample` generates from these."""
         latents = self.latents(prompt, seed, size, guidance)
         generator = randomness.decoding_generator(seed, randomness.image_key(prompt, 0))

@@ -20,10 +20,10 @@ from minwurst import miniature
 from minwurst.base import prompts
 from minwurst.base.console import progress, say
 from minwurst.base.errors import UserError, blame, one_line
-from minwurst.base.model_folder import own_parts
+from minwurst.base.model_folder import SAID, own_parts
 from minwurst.base.settings import DEMO_HELP, LARGEST_SIDE, Settings, check_limits, parse, section
 from minwurst.edge import export, files, lora_file, models, run_file
-from minwurst.edge.decoders import PIXELS, FullDecoder, latent_shape
+from minwurst.edge.decoders import FullDecoder, announce_sizes, latent_shape
 from minwurst.edge.grids import grid
 from minwurst.run.validation import EvaluationModel, generate_latents
 from minwurst.step import adapter, distributed, randomness
@@ -49,8 +49,8 @@ class SampleSettings:
     output: str = what(
         None,
         "File to write. With several images, this is the grid, and the images are numbered files "
-        "beside it. Default: a new file, named by the prompt, in samples/ in the run's folder, or "
-        "in the working directory.",
+        "beside it. Default: new files, named by the prompts, and grid.png, in samples/ in the "
+        "run's folder; if the model is not of a run, in the working directory.",
     )
 
     demo: bool = model(False, DEMO_HELP)
@@ -87,7 +87,7 @@ class SampleSettings:
     guidance_scale: float = how(
         None,
         "Strength of classifier-free guidance: how much to exaggerate the prompt. 1 is off. "
-        "Default: the run's, else 4.",
+        "Default: the run's, or what the prior's folder says, else 4.",
     )
     mixed_precision: str = how(
         None,
@@ -150,14 +150,12 @@ def find(settings, known):
     with blame("--prior", name):
         if (Path(name) / lora_file.FILE).is_file() and not (Path(name) / "prior").is_dir():
             raise UserError(f"it contains no prior but a LoRA: give --lora {name}.")
-        if (Path(name) / export.FOLDER).is_dir():
-            name = Path(name) / export.FOLDER
         advice = "" if settings.prior or not known else " The run has trained from this one."
         prior = models.locate("--prior", name, settings.cache_dir, advice)
         text = models.text_folder(prior, settings.cache_dir, "--prior")
         models.check_parts(prior, text)
         own = own_parts(prior)
-    of_run = {"decoder": known.get(DECODER), "resolution": known.get("resolution")}
+    of_run = {"decoder": known.get(DECODER), **{name: known.get(name) for name in SAID}}
     # A prior on the command line may be another than the run's.
     first, second = (own, of_run) if settings.prior else (of_run, own)
     name = settings.decoder or first.get("decoder") or second.get("decoder")
@@ -165,16 +163,23 @@ def find(settings, known):
     with blame("--decoder", name):
         decoder = models.locate("--decoder", name, settings.cache_dir)
         models.check_decoder(decoder)
-    resolution = settings.resolution or first.get("resolution") or second.get("resolution")
-    settings.resolution = resolution or Settings.resolution
+    for said in SAID:
+        choices = getattr(settings, said), first.get(said), second.get(said)
+        chosen = [value for value in choices if value is not None]
+        setattr(settings, said, [*chosen, getattr(Settings, said)][0])
     return Found(prior, text, decoder, lora, settings.resolution // 32)
 
 
-def new_file(folder, prompt):
-    """A .png file that does not exist yet, named by the prompt."""
-    name = re.sub(r"\W+", "_", prompt.lower()).strip("_")[:40] or "image"
+def new_file(folder, name):
+    """A .png file that does not exist yet."""
     names = itertools.chain([name], (f"{name}.{n}" for n in itertools.count(2)))
     return next(file for name in names if not (file := folder / f"{name}.png").exists())
+
+
+def name_of(prompt, scale):
+    """Of an image's file: its prompt, and the strength of the LoRA."""
+    name = re.sub(r"\W+", "_", prompt.text.lower()).strip("_")[:40] or "image"
+    return name if scale is None else f"{name}-{scale:g}"
 
 
 def main(settings):
@@ -186,18 +191,12 @@ def main(settings):
     known = run_file.read(run)["settings"] if run else {}
     if settings.seed is None:
         settings.seed = known.get("seed") or 0
-    if settings.guidance_scale is None:
-        settings.guidance_scale = known.get("guidance_scale", Settings.guidance_scale)
     folder = Path(settings.output).parent if settings.output else (run or Path()) / "samples"
     files.make_folder(folder, "output")
     found = find(settings, known)
     check_limits(settings)  # what the run and the folder say, too
-    for prompt in settings.prompts():
-        height, width = latent_shape(FullDecoder, prompt, found.side)
-        asked = (prompt.height, prompt.width) if prompt.height else (found.side * PIXELS,) * 2
-        made = height * PIXELS, width * PIXELS
-        if any(abs(one - other) > 2 for one, other in zip(asked, made, strict=True)):
-            say(f"“{prompt.line}” is generated at about {made[1]:.0f}×{made[0]:.0f} pixels.")
+    say(f"seed {settings.seed}, guidance {settings.guidance_scale:g}, from {found.prior}")
+    announce_sizes(FullDecoder, settings.prompts(), found.side)
 
     # ---- Text, prior, latents.
     usual = known.get("mixed_precision", "bf16") if device.type == "cuda" else "no"
@@ -246,30 +245,33 @@ def main(settings):
         for (_, prompt, number), x in zip(wanted, latents, strict=True):
             key = randomness.image_key(prompt.text, number)
             images.append(decode(x, prompt.text, randomness.decoding_generator(prompt.seed, key)))
-    output = Path(settings.output or new_file(folder, settings.prompts()[0].text))
     try:
-        write(images, wanted, settings, output)
+        write(images, wanted, settings, folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {output}: {files.reason(error)}") from None
+        raise UserError(f"--output {settings.output or folder}: {files.reason(error)}") from None
 
 
-def write(images, wanted, settings, output):
+def write(images, wanted, settings, folder):
     """Write the images and, if there are several, their grid; one row per image and its scales."""
-    names = [output]
-    if len(images) > 1:
-        names = [output.with_stem(f"{output.stem}-{n}") for n in range(1, len(images) + 1)]
-        captions = [
-            prompt.line if scale is None else f"{prompt.line} · LoRA {scale:g}"
-            for scale, prompt, _ in wanted
-        ]
-        scales = len(settings.lora_scale)
-        grid(images, captions, columns=scales if scales > 1 else 4).save(output)
-    for image, name, (scale, prompt, number) in zip(images, names, wanted, strict=True):
+    several, output, written = len(images) > 1, Path(settings.output or ""), []
+    for image, (scale, prompt, number) in zip(images, wanted, strict=True):
         info = PngInfo()  # how the image was made
         made = {"prompt": prompt.text, "number": number, "lora_scale": scale, "seed": prompt.seed}
         info.add_itxt("minwurst", json.dumps(made, ensure_ascii=False))
-        image.save(name, pnginfo=info)
-    print(f"{output}" + (f", {names[0].name} to {names[-1].name}" if len(images) > 1 else ""))
+        file = new_file(folder, name_of(prompt, scale))
+        if settings.output:
+            file = output.with_stem(f"{output.stem}-{len(written) + 1}") if several else output
+        image.save(file, pnginfo=info)
+        written.append(str(file))
+    if several:
+        captions = [
+            prompt.line if scale is None else f"{prompt.line}, LoRA {scale:g}"
+            for scale, prompt, _ in wanted
+        ]
+        scales = len(settings.lora_scale)
+        written.insert(0, str(output if settings.output else new_file(folder, "grid")))
+        grid(images, captions, columns=scales if scales > 1 else 4).save(written[0])
+    print("\n".join(written))
 
 
 if __name__ == "__main__":

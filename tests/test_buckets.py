@@ -17,6 +17,7 @@ import train
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import models
+from minwurst.edge.shapes import shapes_for
 from minwurst.run import checkpoint
 from minwurst.step import diffusion, randomness
 from minwurst.step.buckets import Buckets, EachOnce, Schedule, candidates, choose_shapes, cropped
@@ -303,10 +304,15 @@ def test_random_crops_are_not_cached(wuerstchen, tmp_path):
 
 
 def test_too_few_images_for_a_step(wuerstchen, few, tmp_path, capsys):
-    """Five square images stay one bucket, and say so."""
+    """Five square images stay one bucket; of twelve, none has enough for a step. Both say so."""
     train_here(wuerstchen, tmp_path, train_data_dir=None, dataset_name=few, aspect_buckets=4,
                max_train_steps=1)  # fmt: skip
     assert "--aspect_buckets: 1 of 4 shapes; more would crop no less" in capsys.readouterr().out
+    settings = Settings(train_data_dir="x", aspect_buckets=4, resolution=192)
+    sizes = [(64, 64)] * 8 + [(64, 128)] * 4
+    assert len(shapes_for(sizes, settings, least=4)) == 2
+    assert shapes_for(sizes, settings, least=6) == [(6, 6)]
+    assert "1 of 4 shapes; each needs the images of a step, 6: a s" in capsys.readouterr().out
 
 
 def test_a_shape_that_does_not_fit_is_one_line(wuerstchen, album, tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def test_find(tmp_path):
     folder = save(tmp_path, 3)
     for wanted in ("latest", str(folder), f"{folder}/", "checkpoint-3"):
         assert checkpoint.find(wanted, tmp_path) == folder
-    with pytest.raises(UserError, match="already contains checkpoint-3: add --resume_from_"):
+    with pytest.raises(UserError, match="contains checkpoint-3: name another folder, or add --re"):
         checkpoint.find(None, tmp_path)
     with pytest.raises(UserError, match="--resume_from_checkpoint checkpoint-9: no such"):
         checkpoint.find("checkpoint-9", tmp_path)

@@ -234,7 +234,7 @@ def test_numbers_and_guidance(wuerstchen, tmp_path):
 )
 def test_mistakes_are_one_line(wuerstchen, tmp_path, monkeypatch, words, said):
     prior = tmp_path / "prior"  # without a decoder
-    export.save_pipeline(models.load_prior(wuerstchen), prior, wuerstchen)
+    export.save_pipeline(models.load_prior(wuerstchen), prior, wuerstchen, {})
     words = [word.replace("WUERSTCHEN", str(wuerstchen)) for word in words]
     words = [word.replace("PRIOR", str(prior)) for word in words]
     monkeypatch.chdir(tmp_path)
@@ -285,8 +285,10 @@ def test_images_go_beside_the_run_under_new_names(wuerstchen, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
 
     def generate(*words):
+        capsys.readouterr()
         sample.main(parse(sample.SampleSettings, [*words, "--resolution=96"]))
-        return capsys.readouterr().out.strip().splitlines()[-1]
+        printed = capsys.readouterr().out.splitlines()
+        return " ".join(line for line in printed if line.endswith(".png"))
 
     run = train_here(wuerstchen, tmp_path / "run", max_train_steps=1)
     bear = ["--prompt", "A bear, at night!"]
@@ -300,19 +302,23 @@ def test_images_go_beside_the_run_under_new_names(wuerstchen, tmp_path, monkeypa
     ]
     assert with_seeds == [7, 1]  # the run's own by default
     prior = f"--prior={wuerstchen}"
-    assert generate("--prompt", "…", "x", prior) == "samples/image.png, image-1.png to image-2.png"
-    assert generate("--prompt", "x", prior) == "samples/x.png"
+    three = "samples/grid.png samples/image.png samples/x.png"
+    assert generate("--prompt", "…", "x", prior) == three
+    assert generate("--prompt", "x", prior) == "samples/x.2.png"
     assert json.loads(Image.open("samples/x.png").text["minwurst"])["seed"] == 0
     assert generate("--prompt", "x", prior, "--output=mine.png") == "mine.png"
     ignored = subprocess.run(["git", "check-ignore", "samples/x.png"], cwd=ROOT)
     assert ignored.returncode == 0
 
 
-def test_a_priors_folder_brings_decoder_and_resolution(wuerstchen, tmp_path):
+def test_a_priors_folder_brings_decoder_resolution_and_guidance(wuerstchen, tmp_path, capsys):
     base = shutil.copytree(wuerstchen, tmp_path / "base")
-    export.write_index(base, resolution=192)
+    export.write_index(base, resolution=192, guidance_scale=1.5)
     (file,) = sampled(tmp_path, "--prompt=x", f"--prior={base}")
+    assert f"seed 0, guidance 1.5, from {base}" in capsys.readouterr().out
     generate = pipelines.load(base)
-    assert generate.size == 6 and levels_apart(generate("x"), Image.open(file)) <= 1
+    assert (generate.size, generate.guidance) == (6, 1.5)
+    assert levels_apart(generate("x"), Image.open(file)) <= 1
+    assert levels_apart(generate("x", guidance=4), Image.open(file)) > 1
     (small,) = sampled(tmp_path / "small", "--prompt=x", f"--prior={base}", "--resolution=96")
     assert (Image.open(file).size, Image.open(small).size) == ((256, 256), (128, 128))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings
 from minwurst.run import advice
+from minwurst.run.sheet import first_of_each_shape
+from minwurst.step.buckets import Buckets
 from tests import tiny
 from tests.conftest import train_here
 
@@ -70,6 +73,9 @@ def test_the_sheet(folder, wuerstchen, tmp_path, capsys):
     decoder = {"pretrained_decoder_model_name_or_path": wuerstchen / "decoder",
                "validation_prompts": "a bear"}  # fmt: skip
     decoded = train_here(wuerstchen, tmp_path / "decoded", **options, **decoder, cache_latents=True)
+    reasons = [line for line in capsys.readouterr().out.splitlines() if "data.png" in line]
+    assert reasons[-1].endswith("data.png")
+    assert f"{out / 'data.png'} (not decoded, without --validation_prompts)" in printed
     taller = Image.open(decoded / "data.png")
     assert taller.height > 1.8 * len(plain) and taller.width == plain.shape[1]
     # It is not written again by a resumed run.
@@ -77,6 +83,23 @@ def test_the_sheet(folder, wuerstchen, tmp_path, capsys):
     train_here(wuerstchen, decoded, **{**options, "max_train_steps": 2}, **decoder,
                cache_latents=True, resume_from_checkpoint="latest")  # fmt: skip
     assert (decoded / "data.png").read_bytes() == (out / "data.png").read_bytes()
+
+
+def test_the_sheet_has_every_shape(folder, wuerstchen, tmp_path, capsys):
+    """One image of each shape at least; shapes that can't be decoded show their middle."""
+    buckets = Buckets([(6, 6), (5, 7), (7, 5)], [0] * 90 + [1] * 6 + [2] * 6, batch=6, seed=7)
+    shown = first_of_each_shape(SimpleNamespace(buckets=buckets, rows=range(102)))
+    assert len(shown) == 8 and len({buckets.at(position)[0] for position in shown}) == 3
+    for number in range(9):
+        (folder / f"{number}.txt").write_text(f"thing {number}")
+    train_here(wuerstchen, tmp_path / "out", train_data_dir=folder, resolution=160,
+               aspect_buckets=3, train_batch_size=3, max_train_steps=1,
+               pretrained_decoder_model_name_or_path=wuerstchen / "decoder",
+               validation_prompts="a bear --width 300 --height 128")  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "“a bear --width 300 --height 128” is generated at 256×128 pixels" in printed
+    with Image.open(tmp_path / "out" / "data.png") as sheet:
+        assert sheet.height > 1.8 * sheet.width / 2  # four lines: two of them decoded
 
 
 def test_a_sheet_that_fails_costs_nothing(folder, wuerstchen, tmp_path, capsys):

@@ -496,7 +496,7 @@ def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys, dora):
 def test_a_merged_folder_works_by_itself(wuerstchen, tmp_path, monkeypatch):
     """With minwurst.sample, with train.py, and with diffusers' parts as in the README."""
     base = shutil.copytree(wuerstchen, tmp_path / "base")
-    export.write_index(base, resolution=96)
+    export.write_index(base, resolution=96, guidance_scale=1.5)
     file, merged = tmp_path / lora_file.FILE, tmp_path / "merged"
     prior = lora_file.load(models.load_prior(base), lora_file.save(make_adapted(), file))
     program.merge(file, base, merged, 0.7)
@@ -508,7 +508,7 @@ def test_a_merged_folder_works_by_itself(wuerstchen, tmp_path, monkeypatch):
     nothing = dict.fromkeys(["image_encoder_name_or_path", "resolution"])
     run = train_here(merged, tmp_path / "run", max_train_steps=1, **nothing)
     known = json.loads((run / "run.json").read_text())["settings"]
-    assert known["resolution"] == 96
+    assert (known["resolution"], known["guidance_scale"]) == (96, 1.5)
     assert known["image_encoder_name_or_path"] == str(merged / "image_encoder")
 
     adapter.set_scale(prior, 0.7)

@@ -242,16 +242,24 @@ def test_an_empty_tokenizer(copy):
 @pytest.mark.slow
 def test_ones_own_base_in_one_flag(copy, tmp_path, capsys):
     """Training, resuming with the same command, and a checkpoint from before there was this."""
-    export.write_index(copy, resolution=96)
+    export.write_index(copy, resolution=96, guidance_scale=1.5)
     nothing = dict.fromkeys(["image_encoder_name_or_path", "resolution"])
     same = {**nothing, "validation_prompts": "a bear", "validation_steps": 2}
     run = train_here(copy, tmp_path / "run", **same, max_train_steps=2)
-    assert f"taken from {copy}: image_encoder/, decoder/, resolution 96" in capsys.readouterr().out
+    taken = f"taken from {copy}: image_encoder/, decoder/, resolution 96, guidance_scale 1.5"
+    assert taken in capsys.readouterr().out
     known = json.loads((run / "run.json").read_text())["settings"]
     assert known["pretrained_decoder_model_name_or_path"] == str(copy / "decoder")
     assert known["resolution"] == 96
     index = json.loads((run / "prior_pipeline/model_index.json").read_text())
-    assert index["resolution"] == 96  # for whoever uses the result
+    assert (index["resolution"], index["guidance_scale"]) == (96, 1.5)  # for who uses the result
+    again = train_here(run, tmp_path / "again", max_train_steps=1,
+                       image_encoder_name_or_path=copy / "image_encoder")  # fmt: skip
+    assert (again / "prior_pipeline").is_dir()  # the output folder of a run is a base
+    capsys.readouterr()
+    with pytest.raises(UserError, match="It is a checkpoint, of which python -m minwurst.export"):
+        train_here(run / "checkpoint-2", tmp_path / "wrong",
+                   image_encoder_name_or_path=copy / "image_encoder")  # fmt: skip
 
     train_here(copy, run, **same, max_train_steps=3, resume_from_checkpoint="latest")
     printed = capsys.readouterr().out

@@ -88,7 +88,7 @@ def test_its_commands_parse(name):
 def test_its_example_of_use_runs(wuerstchen, tmp_path):
     """The Python block, unmodified, on a small exported folder with an fp16 text encoder."""
     folder = tmp_path / "prior_pipeline"
-    export.save_pipeline(models.load_prior(wuerstchen), folder, wuerstchen)
+    export.save_pipeline(models.load_prior(wuerstchen), folder, wuerstchen, {})
     text_encoder = models.load_text(wuerstchen, torch.float16)[1]
     text_encoder.save_pretrained(tmp_path / "prior_pipeline" / "text_encoder")
     (code,) = re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)

@@ -19,7 +19,7 @@ from minwurst.base import console
 from minwurst.base.errors import UserError
 from minwurst.base.settings import Settings, parse
 from minwurst.edge import files, lora_file, run_file
-from minwurst.edge.curves import around, picture
+from minwurst.edge.curves import TOP, around, marks, picture
 from minwurst.edge.grids import STRIPS, evenly, grid, update_strips
 from minwurst.run import checkpoint, result
 from minwurst.run.log import Log
@@ -127,6 +127,10 @@ def test_curves_draw_their_lines(tmp_path):
     assert around([0.412, 0.445]) == pytest.approx((0.412, 0.446))
     assert around([0.1, 0.9]) == pytest.approx((0.1, 0.9))
     assert around([0.5, 0.5]) == (0, 1) and around([0.0]) == (0, 1)
+    # A first value far above the others leaves the plot, instead of flattening the rest.
+    fall = {"one": [(0, 9.0), (5, 0.5), (10, 0.4)]}
+    texts = [what for kind, _, *what in marks([("", fall)], "", from_zero=False) if kind == "text"]
+    assert [place[1] for place, text, _ in texts if text == "0.5"] == [TOP + 4]
     points = [(step, float(step % 2)) for step in range(1, 1001)]
     assert len(result.thinned(points)) == 200 and result.thinned(points)[0] == (3.0, 0.6)
     assert result.thinned(points[:200]) == points[:200]
@@ -293,8 +297,11 @@ def test_the_best_is_kept_and_exported(wuerstchen, tmp_path, scripted, capsys):
     for step, known in ((2, {"validation_loss": 0.3}), (4, {})):  # what the card says of it
         run_file.add(kept, result={"lowest_validation_loss": 0.3, "lowest_at_step": step})
         assert run_file.read(kept)["result"] == known
-    train_here(wuerstchen, kept, **KEEPING, keep_best=True, **more)  # the run exports its own again
-    assert (kept / RESULT).read_bytes() == five and run_file.read(kept)["steps"] == 5
+    with pytest.raises(UserError, match="Step 5 is already done: .* as minwurst.export wrote it"):
+        train_here(wuerstchen, kept, **KEEPING, keep_best=True, **more)
+    assert (kept / RESULT).read_bytes() == two and run_file.read(kept)["steps"] == 2
+    train_here(wuerstchen, kept, **KEEPING, keep_best=True, **{**more, "max_train_steps": 6})
+    assert (kept / RESULT).read_bytes() != two and run_file.read(kept)["steps"] == 6
 
 
 @pytest.mark.parametrize("changed", [{}, {"use_dora": True, "mixed_precision": "bf16"}])

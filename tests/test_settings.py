@@ -186,12 +186,24 @@ def test_given_flags_override_the_folder(base):
     assert settings.notes == ("taken from base: decoder/",)
     demo = {"pretrained_prior_model_name_or_path": base, "seed": 3, "train_data_dir": "emoji"}
     assert parse(Settings, ["--demo", "--resolution=64"], demo).resolution == 64
+    switched = {**demo, "cache_latents": True}
+    words = ["--demo", "--random_crop"]
+    with pytest.raises(UserError, match="With --demo, which sets it, add --no_cache_latents"):
+        parse(Settings, words, switched)
+    assert not parse(Settings, [*words, "--no_cache_latents"], switched).cache_latents
 
 
-@pytest.mark.parametrize("stated", ["{", "[]", '{"resolution": 700}', '{"resolution": "192"}'])
-def test_a_folders_resolution_that_can_not_be_used(base, tmp_path, stated):
+@pytest.mark.parametrize(
+    ("stated", "wrong"),
+    [
+        ("{", " can't be read"), ("[]", " can't be read"),
+        *[(f'{{"resolution": {one}}}', ": its resolution") for one in ("700", '"192"', "true")],
+        *[(f'{{"guidance_scale": {one}}}', ": its guidance") for one in ("-1", '"4"', "NaN")],
+    ],
+)  # fmt: skip
+def test_what_a_folder_says_can_not_be_used(base, tmp_path, stated, wrong):
     (tmp_path / "base/model_index.json").write_text(stated)
-    with pytest.raises(UserError, match="base/model_index.json can't be read, or its resolution"):
+    with pytest.raises(UserError, match=f"base/model_index.json{wrong}"):
         parse(Settings, [*DATA, f"--pretrained_prior_model_name_or_path={base}"])
 
 

@@ -54,7 +54,7 @@ SCHEDULES = (
 MOST_STEPS, LARGEST_SIDE = 100_000_000, 8_192  # beyond any use, and before anything overflows
 DEMO_HELP = (
     "Use the small trained Würstchen, the images and the settings that come with this project. "
-    "Flags on the command line override the demo's settings."
+    "Flags on the command line override the demo's settings; --no_NAME takes a switch back."
 )
 DEMO_LIMIT = (
     "The demo's model knows only emoji: with other images this tries out a run, and the images it "
@@ -77,8 +77,8 @@ class Settings:
         "warp-ai/wuerstchen-prior",
         "Folder or Hub repository with the prior (in `prior/` or at its root), the text encoder "
         "and the tokenizer. Missing parts come from warp-ai/wuerstchen-prior. In a folder, "
-        "image_encoder/, decoder/ and a \"resolution\" in model_index.json are the defaults of the "
-        "flags for these.",
+        "image_encoder/ and decoder/, and resolution and guidance_scale in model_index.json, are "
+        "the defaults of these flags. Or the --output_dir of a run of train.py.",
         may_change=True,
     )
     pretrained_decoder_model_name_or_path: str = model(
@@ -460,7 +460,10 @@ class Settings:
         if self.keep_best and not self.validation_split:
             raise UserError("--keep_best compares held-out losses: add --validation_split=0.05.")
         if self.random_crop and self.cache_latents:
-            raise UserError("--random_crop crops a sample anew each time: drop --cache_latents.")
+            raise UserError(
+                "--random_crop crops a sample anew each time: drop --cache_latents. With --demo, "
+                "which sets it, add --no_cache_latents."
+            )
         if self.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
             raise UserError("--use_8bit_adam needs a package: pip install bitsandbytes.")
         if self.report_to == "wandb" and not importlib.util.find_spec("wandb"):
@@ -480,14 +483,18 @@ class Settings:
         for part, name in (
             ("image_encoder", "image_encoder_name_or_path"),
             ("decoder", "pretrained_decoder_model_name_or_path"),
-            ("resolution", "resolution"),
+            *zip(model_folder.SAID, model_folder.SAID, strict=True),
         ):
             is_given = name in self.given or getattr(self, name) != getattr(type(self), name)
             if not is_given and found.get(part, getattr(self, name)) != getattr(self, name):
                 setattr(self, name, found[part])
-                taken.append(f"{part} {found[part]}" if part == "resolution" else f"{part}/")
+                taken.append(f"{part} {found[part]}" if part == name else f"{part}/")
         if taken:
             self.notes = (*self.notes, f"taken from {short(folder)}: {', '.join(taken)}")
+
+    def said(self):
+        """What the result's folder says of its use."""
+        return {name: getattr(self, name) for name in model_folder.SAID}
 
     def prompts(self):
         """The validation prompts as `Prompt`s."""
@@ -631,6 +638,11 @@ def parse(kind, words=None, demo: dict | None = None, prog=None):
         group = sections[facts["section"]]
         help = help.replace("%", "%%")
         group.add_argument(*names, default=argparse.SUPPRESS, help=help, **options)
+        if field.type is bool:  # --no_… takes back what --demo sets
+            group.add_argument(
+                f"--no_{field.name}", dest=field.name, action="store_false",
+                default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+            )  # fmt: skip
     given = vars(parser.parse_args(words))
     for field in dataclasses.fields(kind):
         if field.type is not list and isinstance(given.get(field.name), list):

@@ -45,7 +45,7 @@ def curves(panels, label="t"):
 
 
 def picture(panels, label):
-    """An RGB image. The vertical axes begin near the smallest value."""
+    """An RGB image. The vertical axes enclose all but the first values, which may be far above."""
     scale = 2 * SCALE
     sheet = Image.new("RGB", (len(panels) * STEP * scale, (HEIGHT + 60) * scale), "white")
     canvas, font = ImageDraw.Draw(sheet), font_for("", 11 * scale)
@@ -66,7 +66,9 @@ def marks(panels, label, from_zero):
     for number, (title, lines) in enumerate(panels):
         left, bottom = number * STEP + LEFT, TOP + HEIGHT
         xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
-        wide, (low, high) = round_up(max(xs)), (0, round_up(max(ys))) if from_zero else around(ys)
+        later = [y for line in lines.values() for _, y in (line[1:] if len(line) > 2 else line)]
+        enclosed = (0, round_up(max(ys))) if from_zero else around([min(ys), *later])
+        wide, (low, high) = round_up(max(xs)), enclosed
         yield "text", "black", (left, TOP - 10), title, "start"
         for part in (0, 0.25, 0.5, 0.75, 1):
             x, y = left + part * WIDTH, bottom - part * HEIGHT
@@ -78,7 +80,7 @@ def marks(panels, label, from_zero):
         for index, (name, line) in enumerate(lines.items()):
             color = COLORS[index % len(COLORS)]
             yield "line", color, [
-                (left + x / wide * WIDTH, bottom - (y - low) / (high - low) * HEIGHT)
+                (left + x / wide * WIDTH, max(TOP, bottom - (y - low) / (high - low) * HEIGHT))
                 for x, y in line
             ], 1.8  # fmt: skip
             yield "text", color, (left + index * WIDTH / len(lines), bottom + 28), name, "start"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from minwurst.base.console import progress
+from minwurst.base.console import progress, say
 from minwurst.base.errors import UserError
 from minwurst.edge import models, networks
 from minwurst.edge.files import read_json
@@ -33,6 +33,18 @@ def latent_shape(decoder, prompt, side):
     """
     sizes = [prompt.height, prompt.width] if prompt.height else [side * PIXELS] * 2
     return tuple(decoder.latent_size(size / PIXELS) for size in sizes)
+
+
+def announce_sizes(decoder, prompts, side):
+    """Say which prompts' images are generated at another size than they ask for."""
+    for prompt in prompts:
+        wanted = (prompt.width, prompt.height) if prompt.width else (round(side * PIXELS),) * 2
+        height, width = (round(size * PIXELS) for size in latent_shape(decoder, prompt, side))
+        if any(abs(one - other) > 2 for one, other in zip(wanted, (width, height), strict=True)):
+            say(
+                f"“{prompt.line}” is generated at {width}×{height} pixels: sides are multiples of "
+                f"{round(decoder.latent_size(1) * PIXELS)}."
+            )
 
 
 def size_of(module):

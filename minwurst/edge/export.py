@@ -14,25 +14,25 @@ from safetensors import SafetensorError
 
 from minwurst.base.console import say
 from minwurst.base.errors import UserError
-from minwurst.base.model_folder import INDEX
+from minwurst.base.model_folder import INDEX, RESULT
 from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.edge.models import PATTERNS
 
-FOLDER = "prior_pipeline"
+FOLDER = RESULT
 PARTS = ("prior", "text_encoder", "tokenizer", "scheduler")
 
 
-def save_pipeline(prior, folder, text_folder, resolution=None):
+def save_pipeline(prior, folder, text_folder, said):
     """Write the result, replacing an earlier one, and return its path; UserError if that fails.
 
-    prior: fine-tuned. text_folder: has the base's text encoder and tokenizer. resolution: the
-    default for whoever uses the result.
+    prior: fine-tuned. text_folder: has the base's text encoder and tokenizer. said: its
+    resolution and guidance_scale, the defaults for whoever uses the result.
     """
     if name := not_finite(dict(prior.named_parameters())):
         raise UserError(f"{name} is not finite, so training has failed; no result was written.")
     try:
         with replacing(folder) as draft:
-            write_parts(draft, prior, text_folder, resolution)
+            write_parts(draft, prior, text_folder, said)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{folder} was not written: {reason(error)} The last checkpoint is intact, and "
@@ -43,7 +43,7 @@ def save_pipeline(prior, folder, text_folder, resolution=None):
     return Path(folder)
 
 
-def write_parts(folder, prior, text_folder, resolution=None):
+def write_parts(folder, prior, text_folder, said):
     """The parts and their index, in a folder that does not exist yet."""
     prior.save_pretrained(folder / "prior")
     for part in ("text_encoder", "tokenizer"):
@@ -52,11 +52,11 @@ def write_parts(folder, prior, text_folder, resolution=None):
             for file in (Path(text_folder) / part).glob(pattern):
                 shutil.copyfile(file, folder / part / file.name)
     diffusers.DDPMWuerstchenScheduler().save_pretrained(folder / "scheduler")
-    write_index(folder, resolution)
+    write_index(folder, **said)
 
 
-def write_index(folder, resolution=None):
-    """model_index.json."""
+def write_index(folder, **said):
+    """model_index.json. said: resolution and guidance_scale, where there is something to say."""
     index = {
         "_class_name": "WuerstchenPriorPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -67,6 +67,6 @@ def write_index(folder, resolution=None):
         "scheduler": ["diffusers", "DDPMWuerstchenScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizerFast"],
-        **({"resolution": resolution} if resolution else {}),
+        **said,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

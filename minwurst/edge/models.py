@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import math
 import re
+import textwrap
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +20,7 @@ import transformers
 from huggingface_hub.errors import HTTPError
 
 from minwurst.base.errors import UserError
+from minwurst.base.model_folder import resolve
 from minwurst.edge import networks
 from minwurst.edge.files import describe
 from minwurst.edge.networks import load_part
@@ -30,7 +32,6 @@ from minwurst.step.prior import WuerstchenPrior
 PRIOR = "--pretrained_prior_model_name_or_path"
 COMPLETE = "warp-ai/wuerstchen-prior"  # has the text encoder that other repositories lack
 PATTERNS = ["*.json", "*.txt", "*.safetensors"]
-DECODER_PARTS = ("decoder", "vqgan", "text_encoder", "tokenizer")
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -72,24 +73,21 @@ def find(settings):
 
 
 def locate(where, name, cache_dir=None, advice=""):
-    """The local folder of a model: `name` itself, or the downloaded files of a Hub repository.
+    """A model's local folder: `name`, the result in it, or the downloaded files of a repository.
 
-    where, advice: for the UserError if there is none. where: the flag, or the argument.
+    where: the flag or argument that the UserError names if there is none; advice follows.
     """
-    name = str(name)
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name := str(name)).is_dir():
+        return resolve(name)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"{where} {name}: no such folder.{advice}")
     try:
         folder = huggingface_hub.snapshot_download(
-            name,
-            cache_dir=cache_dir,
-            allow_patterns=PATTERNS,
+            name, cache_dir=cache_dir, allow_patterns=PATTERNS,
             ignore_patterns=["*.fp16.safetensors"],  # the same weights a second time
-        )
+        )  # fmt: skip
     except (HTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 160, placeholder=" …")
         raise UserError(
             f"{where} {name}: no such local folder, and not available from the Hub "
             f"({type(error).__name__}: {reason}). Give a local folder, or fix the name or the "
@@ -139,7 +137,9 @@ def check_parts(source, text, image_encoder=None, from_scratch=None):
         needed.append((image_encoder, "config.json"))
     for folder, file in needed:
         if not (Path(folder) / file).is_file():
-            raise UserError(f"{folder} is not a complete model folder: {file} is missing.")
+            hint = " It is a checkpoint, of which python -m minwurst.export makes one."
+            hint *= (Path(folder) / "state.json").is_file()
+            raise UserError(f"{folder} is not a complete model folder: {file} is missing.{hint}")
 
 
 def find_decoder(name, cache_dir=None):
@@ -154,7 +154,7 @@ def find_decoder(name, cache_dir=None):
 
 def check_decoder(folder):
     """UserError names the first missing part of the decoder."""
-    for part in DECODER_PARTS:
+    for part in ("decoder", "vqgan", "text_encoder", "tokenizer"):
         file = "tokenizer_config.json" if part == "tokenizer" else "config.json"
         if not (Path(folder) / part / file).is_file():
             raise UserError(f"{folder} is not a complete decoder folder: {part}/{file} is missing.")

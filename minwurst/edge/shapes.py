@@ -25,8 +25,13 @@ def shapes_for(sizes, settings, least):
     shapes = choose_shapes(sizes, side, most, least)
     if len(shapes) < most:
         say(
-            f"--aspect_buckets: {len(shapes)} of {most} shapes; more would crop no less, or would "
-            f"have fewer images than a step, {least}"
+            f"--aspect_buckets: {len(shapes)} of {most} shapes; "
+            + (
+                f"each needs the images of a step, {least}: a smaller --train_batch_size or "
+                "--gradient_accumulation_steps allows more"
+                if len(choose_shapes(sizes, side, most, least=1)) > len(shapes)
+                else "more would crop no less"
+            )
         )
     lost, nearest = cropped(sizes, shapes), nearest_shapes(sizes, shapes)
     for number, (height, width) in enumerate(shapes):

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from minwurst.base.console import progress
+from minwurst.base.model_folder import own_parts
 from minwurst.base.parser import Parser
 from minwurst.edge import lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder
 from minwurst.edge.grids import grid
-from minwurst.miniature import GUIDANCE, WEIGHTS, data_of, world
+from minwurst.miniature import WEIGHTS, data_of, world
 from minwurst.miniature.world import BASE, DEMO, HARD, SHIPPED, caption
 from minwurst.run.validation import EvaluationModel
 from minwurst.step import diffusion, randomness
@@ -41,6 +42,7 @@ from minwurst.step.images import preprocess
 from minwurst.step.optimizer import NoEMA
 
 GENERATED, NEAREST, SECONDS = 64, 5, 60
+GUIDANCE = own_parts(WEIGHTS)["guidance_scale"]
 COLUMNS = "R² | own | style"
 OBJECTIVES = {
     "none": (),

@@ -271,7 +271,7 @@ def main():
     if "prior" in wanted:
         prior = make_prior(given.work, images, exists, names, given.prior_steps)
         save_half(prior, WEIGHTS / "prior")
-        export.write_index(WEIGHTS, resolution=INPUT)
+        export.write_index(WEIGHTS, resolution=INPUT, guidance_scale=1.0)
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def find(wanted, output_dir):
     if wanted is None:
         if existing:
             raise UserError(
-                f"--output_dir {output_dir} already contains {existing[-1].name}: add "
-                "--resume_from_checkpoint=latest to resume, or use another folder."
+                f"--output_dir {output_dir} already contains {existing[-1].name}: name another "
+                "folder, or add --resume_from_checkpoint=latest to continue that run."
             )
         return None
     if wanted != "latest":

@@ -104,9 +104,10 @@ def announce(run, prior, source):
     settings, layout, steps = run.settings, run.layout, run.steps
     total = sum(weight.numel() for weight in prior.parameters())
     trained = sum(weight.numel() for weight in prior.parameters() if weight.requires_grad)
+    to_come = f"steps {run.step + 1} to {run.last_step}" if steps else "no step left"
     say(
-        f"{run.rows} rows, {layout.global_batch} images per step, steps {run.step + 1} to "
-        f"{run.last_step} ({run.epochs:.1f} epochs in total)"
+        f"{run.rows} rows, {layout.global_batch} images per step, {to_come} ({run.epochs:.1f} "
+        "epochs in total)"
     )
     common = {
         "compute_type": source.compute_type,

@@ -144,7 +144,10 @@ class Run:
         if self.skipped.intersection(to_come):
             self.steps = [step for step in to_come if step not in self.skipped]
         if not self.steps:
-            say(f"Step {self.step} is already done: raise --max_train_steps for more.")
+            done = f"Step {self.step} is already done: raise --max_train_steps for more."
+            if "exported" in self.earlier:
+                raise UserError(f"{done} The result stays as minwurst.export wrote it.")
+            say(done)
 
     def restore(self, state):
         """Load the checkpoint, if any, into a State. Returns the number of updates so far."""

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from minwurst.base.console import gib, say
 from minwurst.base.errors import UserError
 from minwurst.base.ranks import is_main, rank, world_size
-from minwurst.edge.decoders import FullDecoder, PreviewDecoder, latent_shape
+from minwurst.edge.decoders import FullDecoder, PreviewDecoder, announce_sizes, latent_shape
 from minwurst.edge.files import replacing
 from minwurst.edge.grids import BEFORE_AFTER, STRIPS, grid, stack, update_strips
 from minwurst.run import checkpoint, result
@@ -92,14 +92,18 @@ class Validation:
         if is_main() and not (self.run.checkpoint and file.is_file()):
             with self.log.paused():
                 error = attempt(self.show_data, file)[1]
-            say(f"{file} was not written: {error}" if error else f"data: {file}")
+            reason = "" if self.decoder() else " (not decoded, without --validation_prompts)"
+            say(f"{file} was not written: {error}" if error else f"data: {file}{reason}")
         if distributed.on_main(self.last_step) != self.run.step:
             self(self.run.step)
 
     def show_data(self, file):
-        decoders = [v.decode for v in self.validators if isinstance(v, GenerateImages)]
-        decode = decoders[0] if decoders else None
-        self.log.image(self.run.step, "data", write_sheet(self.training, self.source, decode, file))
+        sheet = write_sheet(self.training, self.source, self.decoder(), file)
+        self.log.image(self.run.step, "data", sheet)
+
+    def decoder(self):
+        """That of the validation images, or None."""
+        return next((v.decode for v in self.validators if isinstance(v, GenerateImages)), None)
 
     def validate(self, validator, step):
         """Returns whether it succeeded; False is reported. Only the exchange waits for others."""
@@ -156,14 +160,14 @@ class GenerateImages:
 
     def find_shapes(self, side):
         """(h, w) of each prompt's latents."""
-        shapes = [latent_shape(self.decode, prompt, side) for prompt in self.prompts]
         used = self.decode.latent_size(side)
         if used != side:
             say(
                 f"--resolution trains on {side}×{side} latents, which can't be decoded: images are "
                 f"generated at {used}×{used}."
             )
-        return shapes
+        announce_sizes(self.decode, [prompt for prompt in self.prompts if prompt.width], side)
+        return [latent_shape(self.decode, prompt, side) for prompt in self.prompts]
 
     def load_decoder(self, run, source, training):
         if run.settings.validation_decoder == "preview":

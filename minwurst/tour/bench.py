@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from minwurst import miniature, pipelines
+from minwurst.base.model_folder import own_parts
 from minwurst.base.settings import Settings
 from minwurst.edge import dataset, models
 from minwurst.step import diffusion, randomness
@@ -18,7 +19,7 @@ from minwurst.step.encoders import encode_text
 from minwurst.step.images import open_image, preprocess
 
 ROOT = Path(miniature.__file__).parents[2]  # of the repository: train.py and lora.py are here
-GUIDANCE = miniature.GUIDANCE
+GUIDANCE = own_parts(miniature.WEIGHTS)["guidance_scale"]
 QUIET = ("--demo", "--validation_prompts", "--report_to=none")  # no images while training
 
 
