@@ -1,4 +1,4 @@
-"""Write the result of a run from one of its checkpoints, by default the best on held-out rows.
+"""Write the result of a run from one of its checkpoints: the best on held-out rows, or the newest.
 
     python -m minwurst.export runs/demo
     python -m minwurst.export runs/demo --checkpoint checkpoint-80 --output runs/demo-80
@@ -23,15 +23,13 @@ from minwurst.step.adapter import add_adapters
 
 
 def choose(folder, wanted):
-    """A checkpoint of a run's folder, verified. wanted: "best", or its name or path."""
-    if wanted == "best":
-        found = checkpoint.best(folder)[0]
+    """A checkpoint of a run's folder, verified. wanted: its name or path; None: the best by its
+    held-out loss, or the newest if none has one.
+    """
+    if wanted is None:
+        found = checkpoint.best(folder)[0] or next(reversed(checkpoint.list_all(folder)), None)
         if not found:
-            names = ", ".join(path.name for path in checkpoint.list_all(folder)) or "none"
-            raise UserError(
-                f"{folder}: no checkpoint has a held-out loss. Name one with --checkpoint; there "
-                f"are: {names}."
-            )
+            raise UserError(f"{folder}: there is no checkpoint.")
     else:
         found = folder / Path(wanted).name
         if not found.is_dir():
@@ -89,9 +87,10 @@ def main():
     parser = Parser(prog="python -m minwurst.export")
     parser.add_argument("folder", type=Path, help="the --output_dir of a run")
     parser.add_argument(
-        "--checkpoint", default="best",
-        help="best (the lowest held-out loss, the default), or the name of one: checkpoint-500",
-    )  # fmt: skip
+        "--checkpoint",
+        help="its name, such as checkpoint-500; by default the one with the lowest held-out loss, "
+        "or the newest if none has such a loss",
+    )
     parser.add_argument(
         "--output", type=Path,
         help="folder for the result; by default the run's own, whose result is replaced",

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from minwurst.base.errors import UserError, blame, one_line
 from minwurst.base.model_folder import SAID, own_parts
 from minwurst.base.parser import Parser
-from minwurst.edge import export, lora_file, models
+from minwurst.edge import export, lora_file, models, run_file
 from minwurst.edge.files import not_finite, reason, replacing
 from minwurst.step import adapter
 
@@ -64,6 +64,11 @@ def merge(file, source, output, scale):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} was not written: {reason(error)}") from None
     print(f"{output}: the prior of {source} with {scale} × {file}")
+    if run := run_file.folder_of(file):
+        known, base = run_file.read(run), models.fingerprint(models.prior_folder(folder))
+        if known["identity"].get("prior") != base:
+            trained = known["settings"].get(models.PRIOR.removeprefix("--"))
+            print(f"note: the LoRA was trained on another prior, {trained}")
 
 
 def main():

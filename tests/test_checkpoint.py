@@ -227,6 +227,8 @@ def test_changes_are_listed_or_refused():
     ]
     with pytest.raises(UserError, match="resolution was 768 and is now 512"):
         run.check_same_run(before, {**before, "resolution": 512})
+    with pytest.raises(UserError, match="and is now 5; --resolution was 768 and is now 512, which"):
+        run.check_same_run({"rank": 4, **before}, {**before, "rank": 5, "resolution": 512})
 
 
 def test_settings_across_versions():

@@ -136,3 +136,12 @@ def test_a_note_on_forgetting_the_empty_caption():
     assert not list(advice.lines(settings, 1, epochs=19))
     settings.caption_dropout = 0.05
     assert not list(advice.lines(settings, 1, epochs=20))
+    settings = Settings(train_data_dir="x", guidance_scale=1.0)  # off: nothing can be forgotten
+    assert not list(advice.lines(settings, 1, epochs=20))
+
+
+def test_a_note_on_few_checkpoints_to_choose_among():
+    settings = Settings(train_data_dir="x", keep_best=True, validation_split=0.1)
+    note = "--keep_best will choose among 3 checkpoints: for more, lower --checkpointing_steps."
+    assert list(advice.lines(settings, 9, epochs=1, checks=3)) == [note]
+    assert not list(advice.lines(settings, 9, epochs=1, checks=4))

@@ -257,7 +257,7 @@ def test_ones_own_base_in_one_flag(copy, tmp_path, capsys):
                        image_encoder_name_or_path=copy / "image_encoder")  # fmt: skip
     assert (again / "prior_pipeline").is_dir()  # the output folder of a run is a base
     capsys.readouterr()
-    with pytest.raises(UserError, match="It is a checkpoint, of which python -m minwurst.export"):
+    with pytest.raises(UserError, match="is missing. python -m minwurst.export makes one of"):
         train_here(run / "checkpoint-2", tmp_path / "wrong",
                    image_encoder_name_or_path=copy / "image_encoder")  # fmt: skip
 

@@ -5,6 +5,7 @@ exported.
 import io
 import json
 import math
+import shutil
 import signal
 import sys
 import types
@@ -129,6 +130,7 @@ def test_curves_draw_their_lines(tmp_path):
     assert around([0.5, 0.5]) == (0, 1) and around([0.0]) == (0, 1)
     # A first value far above the others leaves the plot, instead of flattening the rest.
     fall = {"one": [(0, 9.0), (5, 0.5), (10, 0.4)]}
+    assert [text for *_, text, _ in marks([("", fall)], "", False) if text == "from 9"]
     texts = [what for kind, _, *what in marks([("", fall)], "", from_zero=False) if kind == "text"]
     assert [place[1] for place, text, _ in texts if text == "0.5"] == [TOP + 4]
     points = [(step, float(step % 2)) for step in range(1, 1001)]
@@ -291,7 +293,7 @@ def test_the_best_is_kept_and_exported(wuerstchen, tmp_path, scripted, capsys):
     for file in written:
         assert (again / file).read_bytes() == (kept / "prior_pipeline" / file).read_bytes(), file
     assert run_file.read(kept)["steps"] == 5
-    assert export.write(kept, "best")[1].name == "checkpoint-2"
+    assert export.write(kept, None)[1].name == "checkpoint-2"
     assert (kept / RESULT).read_bytes() == two != five
     assert run_file.read(kept)["steps"] == 2
     for step, known in ((2, {"validation_loss": 0.3}), (4, {})):  # what the card says of it
@@ -311,8 +313,7 @@ def test_a_lora_is_exported_from_a_checkpoint(wuerstchen, tmp_path, changed):
     own = (tmp_path / lora_file.FILE).read_bytes()
     target, found = export.write(tmp_path, "checkpoint-2", tmp_path / "other")
     assert target.read_bytes() == own and found.name == "checkpoint-2"
-    with pytest.raises(UserError, match="no checkpoint has a held-out loss. .*: checkpoint-2"):
-        export.write(tmp_path, "best")
+    assert export.write(tmp_path, None)[1].name == "checkpoint-2"  # the newest, as none is best
 
 
 def test_a_prior_from_scratch_is_exported_from_a_checkpoint(wuerstchen, tmp_path):
@@ -336,7 +337,10 @@ def test_a_checkpoint_that_cant_be_exported(wuerstchen, tmp_path):
     with pytest.raises(UserError, match="checkpoint-1: weights.safetensors has changed"):
         export.write(tmp_path, "checkpoint-1")
     with pytest.raises(UserError, match="is not the --output_dir of a run"):
-        export.write(tmp_path / "nowhere", "best")
+        export.write(tmp_path / "nowhere", None)
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        export.write(tmp_path, None)
 
 
 @pytest.mark.slow

@@ -16,6 +16,10 @@ from minwurst.base.errors import UserError
 RESULT = "prior_pipeline"  # the model folder that a run writes, in its output folder
 INDEX = "model_index.json"  # the Hub's; SAID in it are this project's additions
 SAID = ("resolution", "guidance_scale")  # how the model is meant to be sampled
+FLAGS = {  # for the other parts
+    "image_encoder": "image_encoder_name_or_path",
+    "decoder": "pretrained_decoder_model_name_or_path",
+}
 
 
 def resolve(folder):
@@ -24,9 +28,20 @@ def resolve(folder):
     return result if os.path.isdir(result) else Path(folder)
 
 
+def of_run(folder):
+    """The image encoder and decoder of the run that wrote this folder, where they are folders."""
+    try:
+        known = json.loads((folder.parent / "run.json").read_text(encoding="utf-8"))["settings"]
+        paths = {part: str(known[name]) for part, name in FLAGS.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}  # there need not be a run
+    return {part: path for part, path in paths.items() if os.path.isdir(path)}
+
+
 def own_parts(folder):
     """The parts that are there, as paths, and what the folder says of its use."""
-    folder, found = resolve(folder), {}
+    folder = resolve(folder)
+    found = of_run(folder) if folder.name == RESULT else {}
     for part, file in (("image_encoder", "config.json"), ("decoder", "decoder/config.json")):
         if os.path.isfile(folder / part / file):
             found[part] = str(folder / part)

@@ -480,11 +480,8 @@ class Settings:
         """What the base's folder has or says replaces the defaults of flags that are not given."""
         folder, taken = self.pretrained_prior_model_name_or_path, []
         found = model_folder.own_parts(folder)
-        for part, name in (
-            ("image_encoder", "image_encoder_name_or_path"),
-            ("decoder", "pretrained_decoder_model_name_or_path"),
-            *zip(model_folder.SAID, model_folder.SAID, strict=True),
-        ):
+        flags = model_folder.FLAGS | {said: said for said in model_folder.SAID}
+        for part, name in flags.items():
             is_given = name in self.given or getattr(self, name) != getattr(type(self), name)
             if not is_given and found.get(part, getattr(self, name)) != getattr(self, name):
                 setattr(self, name, found[part])

@@ -45,7 +45,7 @@ def curves(panels, label="t"):
 
 
 def picture(panels, label):
-    """An RGB image. The vertical axes enclose all but the first values, which may be far above."""
+    """An RGB image. The vertical axes enclose all but first values, which are written if cut."""
     scale = 2 * SCALE
     sheet = Image.new("RGB", (len(panels) * STEP * scale, (HEIGHT + 60) * scale), "white")
     canvas, font = ImageDraw.Draw(sheet), font_for("", 11 * scale)
@@ -84,6 +84,9 @@ def marks(panels, label, from_zero):
                 for x, y in line
             ], 1.8  # fmt: skip
             yield "text", color, (left + index * WIDTH / len(lines), bottom + 28), name, "start"
+            if line[0][1] > high:  # cut off
+                place = left + line[0][0] / wide * WIDTH + 6, TOP + 11 * (index + 1)
+                yield "text", color, place, f"from {line[0][1]:.3g}", "start"
 
 
 def round_up(value):

@@ -137,8 +137,8 @@ def check_parts(source, text, image_encoder=None, from_scratch=None):
         needed.append((image_encoder, "config.json"))
     for folder, file in needed:
         if not (Path(folder) / file).is_file():
-            hint = " It is a checkpoint, of which python -m minwurst.export makes one."
-            hint *= (Path(folder) / "state.json").is_file()
+            unfinished = any(Path(folder).glob("checkpoint-*")) or (folder / "state.json").is_file()
+            hint = " python -m minwurst.export makes one of a checkpoint." * unfinished
             raise UserError(f"{folder} is not a complete model folder: {file} is missing.{hint}")
 
 

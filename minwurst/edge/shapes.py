@@ -4,6 +4,7 @@
 """
 
 from minwurst.base.console import say
+from minwurst.edge.decoders import PIXELS, FullDecoder
 from minwurst.step.buckets import STRIDE, choose_shapes, cropped, nearest_shapes
 
 
@@ -24,22 +25,19 @@ def shapes_for(sizes, settings, least):
     square = lost.mean()
     shapes = choose_shapes(sizes, side, most, least)
     if len(shapes) < most:
-        say(
-            f"--aspect_buckets: {len(shapes)} of {most} shapes; "
-            + (
-                f"each needs the images of a step, {least}: a smaller --train_batch_size or "
-                "--gradient_accumulation_steps allows more"
-                if len(choose_shapes(sizes, side, most, least=1)) > len(shapes)
-                else "more would crop no less"
-            )
-        )
+        reason = "more would crop no less"
+        if len(choose_shapes(sizes, side, most, least=1)) > len(shapes):
+            reason = f"others would have fewer images than a step's {least} (--train_batch_size)"
+        say(f"--aspect_buckets: {len(shapes)} of {most} shapes; {reason}")
     lost, nearest = cropped(sizes, shapes), nearest_shapes(sizes, shapes)
     for number, (height, width) in enumerate(shapes):
         of_shape = lost[nearest == number, number]
         if len(of_shape):
+            made = (round(FullDecoder.latent_size(side) * PIXELS) for side in (width, height))
             say(
                 f"  {width * STRIDE}×{height * STRIDE} pixels: {len(of_shape)} images, "
-                f"{of_shape.mean():.1%} cropped on average, {of_shape.max():.1%} at most"
+                f"{of_shape.mean():.1%} cropped on average, {of_shape.max():.1%} at most; "
+                "nearest to generate: --width {} --height {}".format(*made)
             )
     mean = lost.min(axis=1).mean()
     say(f"  all: {mean:.1%} cropped on average; without buckets {square:.1%}")

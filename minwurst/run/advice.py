@@ -1,17 +1,20 @@
 """What a run's settings silently do, in one line each, before the first step."""
 
+import math
+
 from minwurst.base.console import say
 from minwurst.base.settings import Settings
 
 
 def advise(run):
     """Print what applies. run: a Run, identified."""
-    for line in lines(run.settings, run.last_step, run.epochs):
+    checks = sum(run.is_validation_due(step) for step in range(1, run.last_step + 1))
+    for line in lines(run.settings, run.last_step, run.epochs, checks):
         say(f"note: {line}")
 
 
-def lines(settings, steps, epochs):
-    """steps, epochs: of the whole run."""
+def lines(settings, steps, epochs, checks=math.inf):
+    """steps, epochs: of the whole run. checks: how often it is validated."""
     warmup, schedule = settings.lr_warmup_steps, settings.lr_scheduler
     if schedule == "constant" and warmup not in (0, Settings.lr_warmup_steps):
         yield (
@@ -29,7 +32,12 @@ def lines(settings, steps, epochs):
             f"--ema_decay {settings.ema_decay:g} remembers {memory:,.0f} steps, more than the "
             f"run's {steps}: the average will cover about the last {max(1, steps // 9)}."
         )
-    if not settings.caption_dropout and epochs >= 20:
+    if settings.keep_best and checks < 4:
+        yield (
+            f"--keep_best will choose among {checks} checkpoint{'s' * (checks != 1)}: for more, "
+            "lower --checkpointing_steps."
+        )
+    if not settings.caption_dropout and epochs >= 20 and settings.guidance_scale != 1:
         yield (
             f"{epochs:.0f} epochs without --caption_dropout: the prior may forget the empty "
             "caption, which guidance compares with. The authors used 0.05."

@@ -265,12 +265,14 @@ def check_same_run(before, now):
     """
     may_change = {**facts_of(LoRASettings, "may_change"), "world": True}
     changed = [name for name in before if name in now and before[name] != now[name]]
-    for name in changed:
-        if not may_change.get(name):
-            raise UserError(
-                f"--resume_from_checkpoint: {MEANING.get(name, f'--{name}')} was {before[name]} "
-                f"and is now {now[name]}, which would be another run. Change it back, or use "
-                "another --output_dir."
-            )
+    if refused := [name for name in changed if not may_change.get(name)]:
+        told = "; ".join(
+            f"{MEANING.get(name, f'--{name}')} was {before[name]} and is now {now[name]}"
+            for name in refused
+        )
+        raise UserError(
+            f"--resume_from_checkpoint: {told}, which would be another run. Change it back, or use "
+            "another --output_dir."
+        )
     listed = [name for name in changed if may_change[name] != "silently"]
     return [f"{name} {before[name]} → {now[name]}" for name in listed]

@@ -21,6 +21,7 @@ import signal
 import threading
 
 from minwurst.base.console import say
+from minwurst.base.errors import command_with
 from minwurst.base.ranks import is_main
 
 NOTHING, FAILURE = 0, 1000  # FAILURE: something failed in another thread of this rank
@@ -64,7 +65,8 @@ def finish(number):
         signal.signal(restored, handler)
     if number in ENDING:
         name = signal.Signals(number).name
-        say(f"{name}: saved and stopped. Resume with --resume_from_checkpoint=latest.")
+        resume = command_with("--resume_from_checkpoint=latest")
+        say(f"{name}: saved and stopped. To resume: {resume}")
         return True
     for late in received & ENDING:  # it came after the last step's check
         signal.raise_signal(late)
