@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minwurst import pipelines
+from minwurst import miniature, pipelines
 from minwurst.edge import models
 from minwurst.edge.decoders import FullDecoder
 from minwurst.miniature import pretrain, world
@@ -46,15 +46,14 @@ def test_a_stopped_training_goes_on_as_it_was(tmp_path):
 
 def test_the_parts_make_a_whole(some_images, tmp_path, monkeypatch):
     """Train each part for one step; the result loads and samples like the published model."""
-    for place in ("weights", "data", "world"):
-        monkeypatch.setattr(pretrain, place.upper(), tmp_path / place)
+    monkeypatch.setattr(pretrain, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(pretrain, "WORLD", tmp_path / "world")
+    monkeypatch.setattr(miniature, "DATA", tmp_path / "data")
     names = [f"thing number {number}" for number in range(4)]
     exists = {style: torch.ones(4, dtype=torch.bool) for style in world.STYLES}
     exists["noto ink"][2] = False
     monkeypatch.setattr(pretrain, "load_images", lambda work: (names, some_images, exists))
-    monkeypatch.setattr(pretrain.world, "WORLD", tmp_path / "world")
-    steps = [f"--{part}_steps=1" for part in ("a", "encoder", "b", "text", "prior")]
-    monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path / "work"), *steps])
+    monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path / "work"), "--steps=1"])
     pretrain.main()
     folder = tmp_path / "weights"
     encoder = models.load_image_encoder(folder / "image_encoder")
@@ -67,5 +66,5 @@ def test_the_parts_make_a_whole(some_images, tmp_path, monkeypatch):
     known = world.read_world(tmp_path / "world")[1]
     lacking = {style: latents.isnan().any().item() for style, latents in known.items()}
     assert lacking == {style: style == "noto ink" for style in world.STYLES}
-    captions = (tmp_path / "data" / "fluent_duotone" / "metadata.jsonl").read_text()
-    assert captions.count("\n") == 2 and '"thing number 3, fluent duotone"' in captions
+    captions = (tmp_path / "data" / "fluent_sunset" / "metadata.jsonl").read_text()
+    assert captions.count("\n") == 2 and '"thing number 3, fluent sunset"' in captions

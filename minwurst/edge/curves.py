@@ -85,8 +85,8 @@ def marks(panels, label, from_zero):
             ], 1.8  # fmt: skip
             yield "text", color, (left + index * WIDTH / len(lines), bottom + 28), name, "start"
             if line[0][1] > high:  # cut off
-                place = left + line[0][0] / wide * WIDTH + 6, TOP + 11 * (index + 1)
-                yield "text", color, place, f"from {line[0][1]:.3g}", "start"
+                place = left + WIDTH - 4, TOP + 12 * (index + 1)
+                yield "text", color, place, f"{name} from {line[0][1]:.3g}", "end"
 
 
 def round_up(value):

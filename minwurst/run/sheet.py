@@ -82,5 +82,5 @@ def reconstructed(samples, source, decode, position):
     generator = randomness.decoding_generator(samples.seed, (position, 0))
     with torch.no_grad():
         image = decode(middle.cpu(), "", generator)
-    label = "the middle, encoded and decoded; the decoder needs sides of 3, 6, 9, … latents"
-    return image, label if middle.shape != latents.shape else "encoded and decoded"
+    cut = ": the middle that the decoder can take" * (middle.shape != latents.shape)
+    return image, f"encoded and decoded{cut}"
