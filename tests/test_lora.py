@@ -493,7 +493,7 @@ def test_the_program(wuerstchen, tmp_path, monkeypatch, capsys, dora):
 
 
 @pytest.mark.slow
-def test_a_merged_folder_works_by_itself(wuerstchen, tmp_path, monkeypatch):
+def test_a_merged_folder_works_by_itself(wuerstchen, tmp_path, monkeypatch, capsys):
     """With minwurst.sample, with train.py, and with diffusers' parts as in the README."""
     base = shutil.copytree(wuerstchen, tmp_path / "base")
     export.write_index(base, resolution=96, guidance_scale=1.5)
@@ -510,6 +510,15 @@ def test_a_merged_folder_works_by_itself(wuerstchen, tmp_path, monkeypatch):
     known = json.loads((run / "run.json").read_text())["settings"]
     assert (known["resolution"], known["guidance_scale"]) == (96, 1.5)
     assert known["image_encoder_name_or_path"] == str(merged / "image_encoder")
+
+    # A LoRA merged into a run's result, which is not what it was trained on.
+    trained = train_here(merged, tmp_path / "trained", "lora.py", max_train_steps=1, **nothing)
+    capsys.readouterr()
+    program.merge(trained, merged, tmp_path / "same", 1.0)
+    assert "note" not in capsys.readouterr().out
+    program.merge(trained, run, tmp_path / "other", 1.0)
+    assert f"note: the LoRA was trained on another prior, {merged}" in capsys.readouterr().out
+    assert (tmp_path / "other" / "decoder" / "vqgan").is_dir()
 
     adapter.set_scale(prior, 0.7)
     pipeline = reference.prior_pipeline(merged)

@@ -253,10 +253,9 @@ def test_ones_own_base_in_one_flag(copy, tmp_path, capsys):
     assert known["resolution"] == 96
     index = json.loads((run / "prior_pipeline/model_index.json").read_text())
     assert (index["resolution"], index["guidance_scale"]) == (96, 1.5)  # for who uses the result
-    again = train_here(run, tmp_path / "again", max_train_steps=1,
-                       image_encoder_name_or_path=copy / "image_encoder")  # fmt: skip
-    assert (again / "prior_pipeline").is_dir()  # the output folder of a run is a base
-    capsys.readouterr()
+    again = train_here(run, tmp_path / "again", max_train_steps=1, **nothing)
+    assert (again / "prior_pipeline").is_dir()  # the output folder of a run is a base, too
+    assert f"taken from {run}: image_encoder/, decoder/, resolution 96" in capsys.readouterr().out
     with pytest.raises(UserError, match="is missing. python -m minwurst.export makes one of"):
         train_here(run / "checkpoint-2", tmp_path / "wrong",
                    image_encoder_name_or_path=copy / "image_encoder")  # fmt: skip
