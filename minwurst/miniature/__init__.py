@@ -19,7 +19,7 @@ def data_of(style):
     return DATA / style.replace(" ", "_")
 
 
-IMAGES = data_of("fluent duotone")
+IMAGES = data_of("fluent sunset")
 
 # The folder is complete: it also has the encoders and the decoder, and says its resolution and its
 # guidance: 1, of 1, 2 and 4 the best for this small prior. The published one has 4.
@@ -36,8 +36,8 @@ TRAIN = {
     "seed": 0,
     # None of them is among the images.
     "validation_prompts": [
-        "rocket, fluent duotone", "slightly frowning face, fluent duotone", "owl, fluent duotone",
-        "sport utility vehicle, fluent duotone",
+        "rocket, fluent sunset", "slightly frowning face, fluent sunset", "owl, fluent sunset",
+        "sport utility vehicle, fluent sunset",
     ],
     "validation_steps": 1000,
     "output_dir": "runs/demo",

@@ -1,4 +1,7 @@
-"""The images that the miniature is trained on: emoji of the same names in six styles, from npm."""
+"""The images that the miniature is trained on: emoji of the same names in several styles, from npm.
+
+A style is a package, or a filter of the 3D images.
+"""
 
 import io
 import json
@@ -8,33 +11,54 @@ import tarfile
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from minwurst.miniature.world import STYLES, caption
-from minwurst.step.images import IMAGENET_MEAN, IMAGENET_STD
 
-SIDE, INPUT = 256, 192  # of an image, and of the image encoder's input: 6×6 latents
-VERSIONS = {
-    "unicode-emoji-json": "0.9.0",  # names; MIT
-    "@lobehub/fluent-emoji-3d": "1.1.0",  # MIT, Microsoft's Fluent Emoji, and so is the next
-    "@iconify-json/fluent-emoji-high-contrast": "1.2.6",
-    "@iconify-json/noto": "1.2.9",  # Apache 2.0, Google
-    "@iconify-json/twemoji": "1.2.5",  # CC BY 4.0, Twitter
-    "@fontsource/noto-emoji": "5.3.2",  # OFL 1.1, Google
+SIDE = 256  # of an image
+PACKAGES = {  # with versions
+    "fluent": "@lobehub/fluent-emoji-3d@1.1.0",  # MIT, Microsoft's Fluent Emoji, and so is the next
+    "fluent drawn": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+    "noto": "@iconify-json/noto@1.2.9",  # Apache 2.0, Google
+    "twemoji": "@iconify-json/twemoji@1.2.5",  # CC BY 4.0, Twitter
+    "noto ink": "@expo-google-fonts/noto-emoji@0.4.7",  # OFL 1.1, Google
 }
+NAMES = "unicode-emoji-json@0.9.0"  # MIT
 GROUPS = (
     "Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
     "Objects",
 )  # fmt: skip
 
 
+def in_colors(dark, light, **how):
+    """A filter: brightness becomes a color from dark to light."""
+    return lambda image: ImageOps.colorize(image.convert("L"), dark, light, **how)
+
+
+def pencil(image):
+    """A filter: darker than its surroundings becomes a line."""
+    gray = image.convert("L")
+    blurred = ImageOps.invert(gray).filter(ImageFilter.GaussianBlur(7))
+    gray, blurred = np.asarray(gray, np.float32), np.asarray(blurred, np.float32)
+    lines = 255 - np.minimum(255, gray * 255 / (256 - blurred))
+    return Image.fromarray((255 - 1.6 * lines).clip(0, 255).astype(np.uint8))
+
+
+FILTERS = {
+    "fluent sunset": in_colors(
+        (40, 25, 110), (255, 246, 220), mid=(235, 95, 60), blackpoint=30, midpoint=165
+    ),
+    "fluent duotone": in_colors((20, 30, 110), (255, 250, 235)),
+    "fluent swapped": lambda image: Image.merge("RGB", [image.split()[n] for n in (2, 0, 1)]),
+    "fluent pencil": pencil,
+}
+
+
 def unpack(package, work):
     """The folder of an npm package."""
     folder = work / package.replace("/", "-")
     if not folder.is_dir():
-        version = f"{package}@{VERSIONS[package]}"
-        packed = subprocess.check_output(["npm", "pack", "-s", version], cwd=work, text=True)
+        packed = subprocess.check_output(["npm", "pack", "-s", package], cwd=work, text=True)
         with tarfile.open(work / packed.split()[-1]) as archive:
             archive.extractall(folder, filter="data")
     return folder / "package"
@@ -50,92 +74,54 @@ def read_json(file):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-class Rendered:
-    """A package of images."""
+def painter(folder):
+    """A function from an emoji to its image in a package, or None."""
+    if (folder / "assets").is_dir():  # rendered
+        found = {file.stem: file for file in (folder / "assets").glob("*.webp")}
+        return lambda emoji: next((Image.open(found[c]) for c in codes(emoji) if c in found), None)
+    if (folder / "icons.json").is_file():  # SVG
+        icons, names = read_json(folder / "icons.json"), read_json(folder / "chars.json")
 
-    def __init__(self, folder):
-        self.folder = folder / "assets"
+        def draw(emoji):
+            import cairosvg  # pip install cairosvg, which needs the system's cairo
 
-    def draw(self, emoji):
-        files = [file for c in codes(emoji) if (file := self.folder / f"{c}.webp").is_file()]
-        return Image.open(files[0]) if files else None
+            name = next((names[c] for c in codes(emoji) if c in names), None)
+            alias = icons.get("aliases", {}).get(name, {})
+            icon = icons["icons"].get(alias.get("parent", name))
+            if icon is None:
+                return None
+            side = icon.get("width") or icons.get("width", 16)
+            head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {0}" '
+            head += 'xmlns:xlink="http://www.w3.org/1999/xlink">'
+            svg = head.format(side) + icon["body"].replace("currentColor", "#000") + "</svg>"
+            return Image.open(io.BytesIO(cairosvg.svg2png(svg.encode(), output_width=SIDE)))
 
+        return draw
+    font = ImageFont.truetype(next(folder.glob("400Regular/*.ttf")), 220)
+    unknown = bytes(font.getmask("\uffff"))
 
-class Duotone(Rendered):
-    """The same in two colors, from dark blue to cream."""
-
-    def draw(self, emoji):
-        image = super().draw(emoji)
-        gray = Image.fromarray(on_white(image)).convert("L") if image else None
-        return gray and ImageOps.colorize(gray, (20, 30, 110), (255, 250, 235))
-
-
-class Vectors:
-    """A package of SVG drawings in one JSON file."""
-
-    def __init__(self, folder):
-        self.icons, self.names = read_json(folder / "icons.json"), read_json(folder / "chars.json")
-
-    def draw(self, emoji):
-        import cairosvg  # pip install cairosvg, which needs the system's cairo
-
-        name = next((self.names[c] for c in codes(emoji) if c in self.names), None)
-        alias = self.icons.get("aliases", {}).get(name, {})
-        icon = self.icons["icons"].get(alias.get("parent", name))
-        if icon is None:
-            return None
-        side = icon.get("width") or self.icons.get("width", 16)
-        head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        body = icon["body"].replace("currentColor", "#000")
-        svg = f'{head}viewBox="0 0 {side} {side}">{body}</svg>'
-        return Image.open(io.BytesIO(cairosvg.svg2png(svg.encode(), output_width=SIDE)))
-
-
-class Font:
-    """A package of font files, each for some letters."""
-
-    def __init__(self, folder):
-        from fontTools.ttLib import TTFont  # pip install fonttools brotli
-
-        self.fonts = []
-        for file in sorted((folder / "files").glob("*-400-normal.woff2")):
-            font, plain = TTFont(file), io.BytesIO()
-            font.flavor = None
-            font.save(plain)
-            plain.seek(0)
-            self.fonts.append((set(font.getBestCmap()), ImageFont.truetype(plain, 220)))
-
-    def draw(self, emoji):
+    def write(emoji):
         letters = emoji.replace("\ufe0f", "")
-        fonts = [font for known, font in self.fonts if {ord(letter) for letter in letters} <= known]
-        if len(letters) > 1 or not fonts:
+        if len(letters) > 1 or bytes(font.getmask(letters)) == unknown:
             return None
         sheet = Image.new("RGB", (512, 512), "white")
-        ImageDraw.Draw(sheet).text((256, 256), letters, "black", fonts[0], anchor="mm")
+        ImageDraw.Draw(sheet).text((256, 256), letters, "black", font, anchor="mm")
         drawn = sheet.crop(ImageChops.invert(sheet.convert("L")).getbbox())
-        side = round(max(drawn.size) * 1.06)
-        square = Image.new("RGB", (side, side), "white")
-        square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
+        square = Image.new("RGB", [round(1.06 * max(drawn.size))] * 2, "white")
+        place = [(side - part) // 2 for side, part in zip(square.size, drawn.size, strict=True)]
+        square.paste(drawn, place)
         return square
 
-
-SOURCES = {
-    "fluent": (Rendered, "@lobehub/fluent-emoji-3d"),
-    "fluent duotone": (Duotone, "@lobehub/fluent-emoji-3d"),
-    "fluent drawn": (Vectors, "@iconify-json/fluent-emoji-high-contrast"),
-    "noto": (Vectors, "@iconify-json/noto"),
-    "twemoji": (Vectors, "@iconify-json/twemoji"),
-    "noto ink": (Font, "@fontsource/noto-emoji"),
-}
+    return write
 
 
 def on_white(image):
-    """An RGB array (256, 256, 3); white where there is no image."""
+    """(256, 256) RGB; white where there is no image."""
     white = Image.new("RGBA", (SIDE, SIDE), "white")
     if image:
         size = (SIDE, SIDE)
         white.alpha_composite(image.convert("RGBA").resize(size, Image.Resampling.LANCZOS))
-    return np.asarray(white.convert("RGB"))
+    return white.convert("RGB")
 
 
 def load_images(work):
@@ -145,36 +131,23 @@ def load_images(work):
     """
     file = work / "images.npz"
     if not file.is_file():
-        draws = {style: kind(unpack(name, work)).draw for style, (kind, name) in SOURCES.items()}
-        listed = read_json(unpack("unicode-emoji-json", work) / "data-by-emoji.json")
+        draws = {style: painter(unpack(package, work)) for style, package in PACKAGES.items()}
+        listed = read_json(unpack(NAMES, work) / "data-by-emoji.json")
         names, drawn = [], {style: [] for style in STYLES}
         for emoji, facts in listed.items():
             if facts["group"] in GROUPS:
                 images = {style: draw(emoji) for style, draw in draws.items()}
-                if all(images[style] for style in STYLES if style != "noto ink"):
+                if all(image for style, image in images.items() if style != "noto ink"):
                     names.append(facts["name"])
-                    for style, image in images.items():
-                        drawn[style].append(on_white(image))
+                    images = {style: on_white(image) for style, image in images.items()}
+                    filtered = {style: f(images["fluent"]) for style, f in FILTERS.items()}
+                    for style, image in {**images, **filtered}.items():
+                        drawn[style].append(np.asarray(image.convert("RGB")))
         np.savez(file, names=names, **{style: np.stack(drawn[style]) for style in STYLES})
     stored = np.load(file)
     images = {style: torch.from_numpy(stored[style]).permute(0, 3, 1, 2) for style in STYLES}
     exists = {style: (some != 255).flatten(1).any(dim=1) for style, some in images.items()}
     return [str(name) for name in stored["names"]], images, exists
-
-
-def shrink(images, side):
-    """(N, 3, 256, 256) → (N, 3, side, side), both bytes."""
-    parts = [
-        F.interpolate(part.float(), (side, side), mode="bilinear", antialias=True).round().byte()
-        for part in images.split(100)
-    ]
-    return torch.cat(parts)
-
-
-def normalised(images):
-    """Bytes (N, 3, R, R) → the image encoder's input."""
-    mean, std = (torch.from_numpy(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
 
 
 def save_images(folder, names, images, style):

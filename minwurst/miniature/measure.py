@@ -5,8 +5,7 @@
     python -m minwurst.miniature.measure demo                      # before and after, both styles
     python -m minwurst.miniature.measure objectives                # demo with several objectives
     python -m minwurst.miniature.measure race --learning_rate=1e-3     # any flags of train.py
-    python -m minwurst.miniature.measure blind FILE [--prior RUN]  # images without captions
-    python -m minwurst.miniature.measure reconstructions
+    python -m minwurst.miniature.measure blind FILE --prior RUN    # images without captions
 
 Generated latents of 64 names outside the fine-tuning set are compared with those of the names' real
 images in the style that was asked for:
@@ -18,6 +17,7 @@ images in the style that was asked for:
 """
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minwurst.base.console import progress
 from minwurst.base.model_folder import own_parts
 from minwurst.base.parser import Parser
 from minwurst.edge import lora_file, models, run_file
@@ -38,7 +37,6 @@ from minwurst.miniature.world import BASE, DEMO, HARD, SHIPPED, caption
 from minwurst.run.validation import EvaluationModel
 from minwurst.step import diffusion, randomness
 from minwurst.step.encoders import encode_text
-from minwurst.step.images import preprocess
 from minwurst.step.optimizer import NoEMA
 
 GENERATED, NEAREST, SECONDS = 64, 5, 60
@@ -50,10 +48,9 @@ OBJECTIVES = {
     "min-SNR 5": ("--loss_weighting=min_snr",),
     "soft min-SNR 5": ("--loss_weighting=soft_min_snr",),
     "logit-normal": ("--timestep_sampling=logit_normal",),
-    "the authors'": (
-        "--loss_weighting=p2", "--timestep_sampling=wuerstchen", "--caption_dropout=0.05",
-    ),
-}  # fmt: skip
+    "p2, the authors' times": ("--loss_weighting=p2", "--timestep_sampling=wuerstchen"),
+}
+DROPOUT = "--caption_dropout=0.05"
 
 
 class World:
@@ -87,10 +84,9 @@ class World:
 
 def load_prior(run=None):
     """The miniature's prior, or that of `run`, an output folder of train.py or lora.py."""
-    if run is None or (run / lora_file.FILE).is_file():
-        prior = models.load_prior(WEIGHTS)
-        return (prior if run is None else lora_file.load(prior, run)).eval()
-    return models.load_prior(run / "prior_pipeline").eval()
+    is_lora = run and (run / lora_file.FILE).is_file()
+    prior = models.load_prior(models.locate("prior", WEIGHTS if is_lora or not run else run))
+    return (lora_file.load(prior, run) if is_lora else prior).eval()
 
 
 def generate(prior, captions, seed, guidance=GUIDANCE):
@@ -138,15 +134,14 @@ def sizes():
 
 def base(known, seeds):
     """Print how well the base generates its styles, and what it makes of those it does not know."""
-    print(f"| the base, {GENERATED} names, {len(seeds)} seeds | {COLUMNS} |")
+    print(f"| {GENERATED} names, {len(seeds)} seeds | {COLUMNS} |")
     print("|---|---|---|---|")
-    prior = load_prior()
-    for guidance in (1.0, 2.0, 4.0):
-        for style in BASE:
-            captions = known.captions(style)
-            drawn = [generate(prior, captions, seed, guidance) for seed in seeds]
-            results = [known.measure(latents, style) for latents in drawn]
-            print(row(f"{style}, guidance {guidance:g}", results), flush=True)
+    prior, stronger = load_prior(), [(BASE[0], 2.0), (BASE[0], 4.0)]
+    for style, guidance in [*((style, GUIDANCE) for style in BASE), *stronger]:
+        captions = known.captions(style)
+        drawn = [generate(prior, captions, seed, guidance) for seed in seeds]
+        results = [known.measure(latents, style) for latents in drawn]
+        print(row(f"{style}, guidance {guidance:g}", results), flush=True)
 
 
 def fine_tune(script, folder, *flags):
@@ -158,25 +153,43 @@ def fine_tune(script, folder, *flags):
     return folder
 
 
-def demo(known, seeds, objectives, styles=(DEMO, HARD)):
-    """Print before and after for each script, style and objective, over seeds of fine-tuning."""
+def tuned(known, style, script, seed, *flags):
+    """(R², own, style, held-out loss or nan) after fine-tuning on a style."""
+    with tempfile.TemporaryDirectory() as work:
+        data = f"--train_data_dir={data_of(style)}", f"--seed={seed}"
+        run = fine_tune(script, Path(work), *data, *flags)
+        latents = generate(load_prior(run), known.captions(style), seed)
+        return *known.measure(latents, style), held_out_loss(run)
+
+
+def held_out_loss(run):
+    """The last of a run's log; nan if it holds out nothing."""
+    entries = [json.loads(line) for line in (run / "logs" / "log.jsonl").open()]
+    return [math.nan, *(e["validation_loss"] for e in entries if "validation_loss" in e)][-1]
+
+
+def demo(known, seeds):
+    """Print before and after for both scripts and styles, over seeds of fine-tuning."""
     print(f"| {GENERATED} names, seeds {', '.join(map(str, seeds))} | {COLUMNS} |")
     print("|---|---|---|---|")
-    for style in styles:
+    for style in (DEMO, HARD):
         captions, before = known.captions(style), load_prior()
         results = [known.measure(generate(before, captions, seed), style) for seed in seeds]
         print(row(f"{style}: before", results))
         for script in ("train.py", "lora.py"):
-            for name, flags in objectives.items():
-                results = []
-                for seed in seeds:
-                    with tempfile.TemporaryDirectory() as work:
-                        data = f"--train_data_dir={data_of(style)}"
-                        run = fine_tune(script, Path(work), data, f"--seed={seed}", *flags)
-                        latents = generate(load_prior(run), captions, seed)
-                    results.append(known.measure(latents, style))
-                label = f"{style}: `{script}`" + f", {name}" * (len(objectives) > 1)
-                print(row(label, results), flush=True)
+            results = [tuned(known, style, script, seed)[:3] for seed in seeds]
+            print(row(f"{style}: `{script}`", results), flush=True)
+
+
+def objectives(known, seeds):
+    """Print the same for objectives, with and without caption dropout; train.py, in bf16."""
+    print(f"| {DEMO}, seeds {', '.join(map(str, seeds))} | {COLUMNS} | held-out loss |")
+    print("|---|---|---|---|---|")
+    for name, flags in OBJECTIVES.items():
+        for label, dropout in (name, ()), (f"{name}, dropout", (DROPOUT,)):
+            words = *flags, *dropout, "--validation_split=0.1", "--mixed_precision=bf16"
+            results = [tuned(known, DEMO, "train.py", seed, *words) for seed in seeds]
+            print(row(label, results), flush=True)
 
 
 def race(known, flags):
@@ -193,72 +206,45 @@ def race(known, flags):
         seconds(1, "cache")
         pace = (seconds(21, "long")[1] - seconds(1, "short")[1]) / 20
         run, _ = seconds(max(1, round(SECONDS / pace)), "race")
-        entries = [json.loads(line) for line in (run / "logs" / "log.jsonl").open()]
-        loss = [entry["validation_loss"] for entry in entries if "validation_loss" in entry][-1]
         commit = run_file.read(run)["starts"][-1]["commit"] or "unknown"
         r2, own, style = known.measure(generate(load_prior(run), known.captions(DEMO), 0), DEMO)
-        print(f"| {r2:.3f} | {own:.2f} | {style:.2f} | {loss:.4f} | {round(SECONDS / pace)} | "
+        steps, loss = round(SECONDS / pace), held_out_loss(run)
+        print(f"| {r2:.3f} | {own:.2f} | {style:.2f} | {loss:.4f} | {steps} | "
               f"`{' '.join(flags)}` | {commit[:7]} |")  # fmt: skip
 
 
-def blind(known, file, run):
+def blind(known, file, run, real):
     """Write 16 images of names outside the fine-tuning set without captions, and list them."""
     style, rows = DEMO, known.generated[::4]
-    latents = generate(load_prior(run), known.captions(style, rows), 0)
+    latents = known.latents[style][rows]
+    if not real:
+        latents = generate(load_prior(run), known.captions(style, rows), 0)
     decode = FullDecoder(WEIGHTS / "decoder", torch.device("cpu"))
     images = [decode(x[None], "", torch.Generator().manual_seed(n)) for n, x in enumerate(latents)]
     grid(images, [""] * len(images)).save(file)
     print("; ".join(known.names[n] for n in rows))
 
 
-def reconstructions(known):
-    """Print how Stages B and A reconstruct what the image encoder saw, and write some of it."""
-    decode = FullDecoder(WEIGHTS / "decoder", torch.device("cpu"))
-    encoder = models.load_image_encoder(WEIGHTS / "image_encoder")
-    print("| style | decoded and encoded again, own is nearest of 1,015 | R² |")
-    print("|---|---|---|")
-    for style in (*BASE, DEMO, HARD):
-        shown, again = [], []
-        for n in progress(known.generated[::4], style):
-            generator = torch.Generator().manual_seed(n)
-            shown.append(decode(known.latents[style][n][None], "", generator))
-            with torch.no_grad():
-                again.append(encoder(preprocess(shown[-1], 192)[None]))
-        again = diffusion.scale_latents(torch.cat(again))
-        real = known.latents[style].nan_to_num(1e3)
-        nearest = torch.cdist(again.flatten(1), real.flatten(1)).argmin(dim=1)
-        hits = (nearest == torch.tensor(known.generated[::4])).double().mean()
-        wanted, mean = real[known.generated[::4]], real[known.shipped].mean(dim=0)
-        r2 = 1 - (again - wanted).square().sum() / (mean - wanted).square().sum()
-        print(f"| {style} | {hits:.0%} | {r2:.2f} |", flush=True)
-        grid(shown, [""] * len(shown), columns=8).save(f"reconstructions-{style}.png")
-
-
 def main():
     parser = Parser(prog="python -m minwurst.miniature.measure")
-    what = ("sizes", "base", "demo", "objectives", "race", "blind", "reconstructions")
-    parser.add_argument("what", choices=what, help="see the top of measure.py")
-    parser.add_argument("file", nargs="?", help="for blind: the .png file to write")
+    known = World()
+    commands = {
+        "sizes": sizes,
+        "base": lambda: base(known, given.seeds),
+        "demo": lambda: demo(known, given.seeds),
+        "objectives": lambda: objectives(known, given.seeds),
+        "race": lambda: race(known, flags),
+        "blind": lambda: blind(known, given.file, given.prior, given.real),
+    }
+    parser.add_argument("what", choices=commands, help="see the top of measure.py")
+    parser.add_argument("file", nargs="?", default="blind.png", help="for blind: the file to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prior", type=Path, help="for blind: a run's output folder")
+    parser.add_argument("--real", action="store_true", help="for blind: the true latents, decoded")
     given, flags = parser.parse_known_args()
-    known = World()
     if flags and given.what != "race":
         parser.error(f"unknown flags: {' '.join(flags)}")
-    if given.what == "sizes":
-        sizes()
-    elif given.what == "base":
-        base(known, given.seeds)
-    elif given.what == "demo":
-        demo(known, given.seeds, {"": ()})
-    elif given.what == "objectives":
-        demo(known, given.seeds, OBJECTIVES, styles=(DEMO,))
-    elif given.what == "race":
-        race(known, flags)
-    elif given.what == "blind":
-        blind(known, given.file or "blind.png", given.prior)
-    else:
-        reconstructions(known)
+    commands[given.what]()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """How the parts of the miniature are trained: one resumable loop for all of them."""
 
-import time
-
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minwurst.base.console import progress
 from minwurst.run import checkpoint
 from minwurst.run.state import State
 from minwurst.step import diffusion
@@ -25,19 +23,16 @@ def train(work, part, model, loss_of, *, steps, learning_rate, decay=0.998, ever
     )
     # The buffers of batch norms are saved with the weights.
     state = State(weights=model.state_dict(keep_vars=True), optimizer=optimizer, ema=ema.average)
-    latest, done = checkpoint.find("latest", folder), 0
-    if latest:
-        tensors, progress = checkpoint.load(latest)
-        state.restore(tensors, progress)
-        done = progress["step"]
+    done = 0
+    if latest := checkpoint.find("latest", folder):
+        tensors, numbers = checkpoint.load(latest)
+        state.restore(tensors, numbers)
+        done = numbers["step"]
     schedule = learning_rates(optimizer, "cosine", 200, steps, done)
-    device = torch.get_default_device().type
     model.train()
-    mean, start = 0.0, time.perf_counter()
-    for step in range(done + 1, steps + 1):
+    for step in progress(range(done + 1, steps + 1), part):
         torch.manual_seed(SEED * 10**9 + step)  # the same step after a restart
-        # Plain attention, because the flash kernel's backward pass is slow on a CPU for 36 pixels.
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             loss = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
@@ -45,11 +40,8 @@ def train(work, part, model, loss_of, *, steps, learning_rate, decay=0.998, ever
         optimizer.zero_grad()
         schedule.step()
         ema.update(step)
-        mean += (loss.item() - mean) / min(step - done, 100)
-        if step % 100 == 0:
-            pace = (time.perf_counter() - start) / (step - done)
-            print(f"{part}: step {step}/{steps}, loss {mean:.5f}, {pace:.2f} s/step", flush=True)
         if step % every == 0 or step == steps:
+            print(f"{part}: step {step}/{steps}, loss {loss.item():.5f}", flush=True)
             tensors, numbers = state.collect()
             checkpoint.save(folder, step, tensors, {"step": step, **numbers}, keep=1)
     ema.swap()
@@ -69,9 +61,9 @@ def refresh_batch_norms(model, call):
 
 
 @torch.no_grad()
-def in_parts(model, inputs, size=32):
+def in_parts(model, inputs):
     """model(inputs), a few rows at a time."""
-    return torch.cat([model(part) for part in inputs.split(size)]).contiguous()
+    return torch.cat([model(part) for part in inputs.split(32)]).contiguous()
 
 
 def denoising_loss(model, clean, condition):

@@ -1,8 +1,8 @@
-"""The miniature's world: 1,015 names, and the latents of their images in six styles.
+"""The miniature's world: 1,015 names, and the latents of their images in nine styles.
 
 A style is called what captions say about it: "rocket, noto". The base is trained on BASE. It has
-never seen the other two: DEMO, the 3D images in two colors, which --demo fine-tunes on, and HARD,
-black-and-white drawings.
+never seen the other two: DEMO, the 3D images in the colors of a sunset, which --demo fine-tunes on,
+and HARD, black-and-white drawings.
 """
 
 import json
@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from minwurst.miniature import WORLD
 from minwurst.step.diffusion import scale_latents
 
-BASE = ("fluent", "noto", "twemoji", "noto ink")
-DEMO, HARD = "fluent duotone", "fluent drawn"
+BASE = (
+    "fluent", "noto", "twemoji", "noto ink", "fluent duotone", "fluent swapped", "fluent pencil",
+)  # fmt: skip
+DEMO, HARD = "fluent sunset", "fluent drawn"
 STYLES = (*BASE, DEMO, HARD)
 SHIPPED = slice(0, None, 3)  # the names that are fine-tuned on
 
