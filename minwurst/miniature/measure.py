@@ -48,7 +48,7 @@ OBJECTIVES = {
     "min-SNR 5": ("--loss_weighting=min_snr",),
     "soft min-SNR 5": ("--loss_weighting=soft_min_snr",),
     "logit-normal": ("--timestep_sampling=logit_normal",),
-    "p2, the authors' times": ("--loss_weighting=p2", "--timestep_sampling=wuerstchen"),
+    "p2, authors' times": ("--loss_weighting=p2", "--timestep_sampling=wuerstchen"),
 }
 DROPOUT = "--caption_dropout=0.05"
 
@@ -105,8 +105,10 @@ def generate(prior, captions, seed, guidance=GUIDANCE):
 
 
 def spread(values):
-    """Mean, lowest and highest."""
-    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    """Mean, and lowest and highest if they differ."""
+    lowest, highest = min(values), max(values)
+    between = f" ({lowest:.3f} to {highest:.3f})" * (lowest != highest)
+    return f"{np.mean(values):.3f}{between}"
 
 
 def row(label, results):
