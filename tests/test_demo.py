@@ -29,7 +29,7 @@ def size_of(folder):
 
 
 def test_it_is_small_and_its_pictures_are_free():
-    assert size_of(miniature.WEIGHTS) < 25e6 and miniature.WORLD.stat().st_size < 8e6
+    assert size_of(miniature.WEIGHTS) < 25e6 and miniature.WORLD.stat().st_size < 11e6
     assert size_of(miniature.DATA) < 6e6
     licence = (miniature.DATA / "README.md").read_text(encoding="utf-8")
     assert "Permission is hereby granted" in licence
@@ -101,7 +101,7 @@ def generated(prior, known, style):
 @pytest.mark.parametrize("style", world.BASE)
 def test_the_base_draws_what_it_is_asked_for(fewer, style):
     r2, own, _ = generated(measure.load_prior(), fewer, style)
-    assert r2 > 0.5 and own > 0.5
+    assert r2 > 0.8 and own > 0.9
 
 
 def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path, capsys):
@@ -109,7 +109,7 @@ def test_the_lora_demo_brings_its_style_to_names_it_did_not_see(fewer, tmp_path,
     before = generated(measure.load_prior(), fewer, world.DEMO)
     lora.main(parse(LoRASettings, ["--demo", f"--output_dir={tmp_path / 'run'}"], miniature.LORA))
     after = generated(measure.load_prior(tmp_path / "run"), fewer, world.DEMO)
-    assert after[0] > max(0.2, before[0] + 0.1) and after[1] > 0.3 and after[2] > 0.6
+    assert after[0] > max(0.6, before[0] + 0.2) and after[1] > 0.9 and after[2] > 0.9
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("more images: "))
     words = shlex.split(command.split("minwurst.sample ")[1])
