@@ -176,7 +176,7 @@ def test_resumed_it_is_the_same(wuerstchen, album, tmp_path, capsys, how):
     options = {**ASPECT, **how, "train_data_dir": album, "cache_dir": tmp_path / "cache"}
     one = train_here(wuerstchen, tmp_path / "one", **options)
     printed = capsys.readouterr().out
-    shapes = re.findall(r"^  (\d+)×(\d+) pixels: (\d+) images", printed, re.MULTILINE)
+    shapes = re.findall(r"\((\d+)×(\d+) for the encoder\): (\d+) images", printed)
     assert len(shapes) == 5 and sum(int(count) for *_, count in shapes) == 200
     assert "cropped on average; without buckets" in printed
     two = train_here(wuerstchen, tmp_path / "two", **options, max_train_steps=2)
@@ -235,7 +235,7 @@ def expect_held_out(wuerstchen, album, printed):
     found = [float(n) for n in re.findall(r": ([\d.]+)", listed)]
     shapes = [
         (int(height) // 32, int(width) // 32)
-        for width, height in re.findall(r"^  (\d+)×(\d+) pixels", printed, re.MULTILINE)
+        for width, height in re.findall(r"\((\d+)×(\d+) for the encoder\)", printed)
     ]
     prior, seed = models.load_prior(wuerstchen), randomness.held_out_seed(7)
     encoder = models.load_image_encoder(wuerstchen / "image_encoder")

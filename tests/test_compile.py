@@ -37,7 +37,7 @@ def test_it_is_the_same_run(wuerstchen, shapes, tmp_path, capsys):
     """Dropout included. Resumed, and with recomputation, it is the same bit for bit."""
     options = {**RUN, "train_data_dir": shapes}
     plain = train_here(wuerstchen, tmp_path / "plain", **{**options, "compile": False})
-    assert "  128×64 pixels: 12 images" in capsys.readouterr().out
+    assert "(128×64 for the encoder): 12 images" in capsys.readouterr().out
     out = train_here(wuerstchen, tmp_path / "compiled", **options)
     assert difference(saved(out / "checkpoint-4"), saved(plain / "checkpoint-4")) < 1e-5
     result, expected = ({p.name for p in f.rglob("*") if p.is_file()} for f in (out, plain))

@@ -140,6 +140,15 @@ def test_a_note_on_forgetting_the_empty_caption():
     assert not list(advice.lines(settings, 1, epochs=20))
 
 
+def test_a_note_on_a_schedule_that_is_nearly_over():
+    settings = Settings(train_data_dir="x", lr_scheduler="cosine", lr_warmup_steps=0)
+    note = "--lr_scheduler=cosine over 320 steps, of which 94% are done, leaves a low"
+    assert next(advice.lines(settings, 320, epochs=1, done=300 / 320)).startswith(note)
+    assert not list(advice.lines(settings, 320, epochs=1, done=0.5))
+    settings.lr_scheduler = "constant"
+    assert not list(advice.lines(settings, 320, epochs=1, done=300 / 320))
+
+
 def test_a_note_on_few_checkpoints_to_choose_among():
     settings = Settings(train_data_dir="x", keep_best=True, validation_split=0.1)
     note = "--keep_best will choose among 3 checkpoints: for more, lower --checkpointing_steps."

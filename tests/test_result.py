@@ -130,7 +130,7 @@ def test_curves_draw_their_lines(tmp_path):
     assert around([0.5, 0.5]) == (0, 1) and around([0.0]) == (0, 1)
     # A first value far above the others leaves the plot, instead of flattening the rest.
     fall = {"one": [(0, 9.0), (5, 0.5), (10, 0.4)]}
-    assert [text for *_, text, _ in marks([("", fall)], "", False) if text == "one from 9"]
+    assert [text for *_, text, _ in marks([("", fall)], "", False) if text == "one starts at 9"]
     texts = [what for kind, _, *what in marks([("", fall)], "", from_zero=False) if kind == "text"]
     assert [place[1] for place, text, _ in texts if text == "0.5"] == [TOP + 4]
     points = [(step, float(step % 2)) for step in range(1, 1001)]

@@ -225,6 +225,7 @@ def test_the_demo_says_what_it_sets(base):
     for flag in ("--train_data_dir=mine", "--dataset_name=mine"):
         settings = parse(Settings, ["--demo", "--seed=4", flag], demo)
         assert "--seed" not in settings.notes[0] and "knows only emoji" in settings.notes[1]
+        assert "give your own with --validation_prompts" in settings.notes[2]
     words = ["--demo", "--train_data_dir=mine", "--pretrained_prior_model_name_or_path=other"]
     assert "emoji" not in " ".join(parse(Settings, words, demo).notes)
 

@@ -60,6 +60,7 @@ DEMO_LIMIT = (
     "The demo's model knows only emoji: with other images this tries out a run, and the images it "
     "generates say little about what the published model would learn."
 )
+DEMO_PROMPTS = "The validation prompts are the demo's: give your own with --validation_prompts."
 
 
 @dataclasses.dataclass
@@ -653,6 +654,8 @@ def parse(kind, words=None, demo: dict | None = None, prog=None):
         own_data = {"train_data_dir", "dataset_name"} & given.keys()
         if own_data and "pretrained_prior_model_name_or_path" in preset:
             settings.notes += (DEMO_LIMIT,)
+        if own_data and "validation_prompts" in preset:
+            settings.notes += (DEMO_PROMPTS,)
     settings.check()
     for field in dataclasses.fields(kind):  # trackers keep a copy of the command line
         secret = getattr(settings, field.name) if field.metadata.get("secret") else None

@@ -86,7 +86,7 @@ def marks(panels, label, from_zero):
             yield "text", color, (left + index * WIDTH / len(lines), bottom + 28), name, "start"
             if line[0][1] > high:  # cut off
                 place = left + WIDTH - 4, TOP + 12 * (index + 1)
-                yield "text", color, place, f"{name} from {line[0][1]:.3g}", "end"
+                yield "text", color, place, f"{name} starts at {line[0][1]:.3g}", "end"
 
 
 def round_up(value):

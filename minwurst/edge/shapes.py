@@ -33,11 +33,12 @@ def shapes_for(sizes, settings, least):
     for number, (height, width) in enumerate(shapes):
         of_shape = lost[nearest == number, number]
         if len(of_shape):
-            made = (round(FullDecoder.latent_size(side) * PIXELS) for side in (width, height))
+            made = [round(FullDecoder.latent_size(side) * PIXELS) for side in (width, height)]
             say(
-                f"  {width * STRIDE}×{height * STRIDE} pixels: {len(of_shape)} images, "
+                f"  {width * PIXELS:.0f}×{height * PIXELS:.0f} pixels ({width * STRIDE}×"
+                f"{height * STRIDE} for the encoder): {len(of_shape)} images, "
                 f"{of_shape.mean():.1%} cropped on average, {of_shape.max():.1%} at most; "
-                "nearest to generate: --width {} --height {}".format(*made)
+                f"generate with --width {made[0]} --height {made[1]}"
             )
     mean = lost.min(axis=1).mean()
     say(f"  all: {mean:.1%} cropped on average; without buckets {square:.1%}")

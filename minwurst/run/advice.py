@@ -9,12 +9,16 @@ from minwurst.base.settings import Settings
 def advise(run):
     """Print what applies. run: a Run, identified."""
     checks = sum(run.is_validation_due(step) for step in range(1, run.last_step + 1))
-    for line in lines(run.settings, run.last_step, run.epochs, checks):
+    longer = run.step and run.progress["settings"].get("max_train_steps") != run.last_step
+    done = run.step / run.last_step if longer else 0
+    for line in lines(run.settings, run.last_step, run.epochs, checks, done):
         say(f"note: {line}")
 
 
-def lines(settings, steps, epochs, checks=math.inf):
-    """steps, epochs: of the whole run. checks: how often it is validated."""
+def lines(settings, steps, epochs, checks=math.inf, done=0):
+    """steps, epochs: of the whole run. checks: how often it is validated. done: the fraction of the
+    steps, if their number has changed.
+    """
     warmup, schedule = settings.lr_warmup_steps, settings.lr_scheduler
     if schedule == "constant" and warmup not in (0, Settings.lr_warmup_steps):
         yield (
@@ -25,6 +29,11 @@ def lines(settings, steps, epochs, checks=math.inf):
         yield (
             f"the warm-up of {warmup} steps is not shorter than the run's {steps}: the learning "
             f"rate never reaches {settings.learning_rate:g}. Lower --lr_warmup_steps."
+        )
+    if done > 0.7 and not schedule.startswith("constant"):
+        yield (
+            f"--lr_scheduler={schedule} over {steps} steps, of which {done:.0%} are done, leaves a "
+            "low learning rate; --lr_scheduler=constant would keep it up."
         )
     memory = 1 / (1 - settings.ema_decay) if settings.ema_decay < 1 else float("inf")
     if settings.use_ema and memory > steps:
