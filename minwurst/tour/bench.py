@@ -105,13 +105,13 @@ class Bench:
 
     # ---- Training.
 
-    def train(self, script, *flags, fails=False):
-        """Print a command, and run it if no panel did. fails: whether it is expected to."""
+    def train(self, script, *flags):
+        """Print a command, and run it if no panel did."""
         print(f"$ python {script} {shlex.join([*QUIET, *flags])}")
-        return self.run(script, flags, fails)
+        return self.run(script, flags)
 
     @functools.cache  # noqa: B019  panels may share a run
-    def run(self, script, flags, fails):
+    def run(self, script, flags):
         name = "-".join([script.split(".")[0], *(flag.strip("-") for flag in flags)])
         folder = self.work / name.replace("/", "-")
         words = [*QUIET, f"--cache_dir={self.work / 'cache'}", f"--output_dir={folder}", *flags]
@@ -119,7 +119,7 @@ class Bench:
             [sys.executable, script, *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )  # fmt: skip
-        if bool(done.returncode) != fails:
+        if done.returncode:
             sys.exit(f"{script} {shlex.join(words)}:\n{done.stdout}")
         return Run(folder, done.stdout)
 
