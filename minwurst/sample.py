@@ -21,7 +21,15 @@ from minwurst.base import prompts
 from minwurst.base.console import progress, say
 from minwurst.base.errors import UserError, blame, one_line
 from minwurst.base.model_folder import SAID, own_parts
-from minwurst.base.settings import DEMO_HELP, LARGEST_SIDE, Settings, check_limits, parse, section
+from minwurst.base.settings import (
+    DEMO_HELP,
+    LARGEST_SIDE,
+    Settings,
+    check_limits,
+    parse,
+    section,
+    short,
+)  # fmt: skip
 from minwurst.edge import export, files, lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder, announce_sizes, latent_shape
 from minwurst.edge.grids import grid
@@ -195,7 +203,7 @@ def main(settings):
     files.make_folder(folder, "output")
     found = find(settings, known)
     check_limits(settings)  # what the run and the folder say, too
-    say(f"seed {settings.seed}, guidance {settings.guidance_scale:g}, from {found.prior}")
+    say(f"seed {settings.seed}, guidance {settings.guidance_scale:g}, from {short(found.prior)}")
     announce_sizes(FullDecoder, settings.prompts(), found.side)
 
     # ---- Text, prior, latents.

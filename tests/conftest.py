@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never contact the Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as minwurst does, but before torch
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: one thread for each
     os.environ["OMP_NUM_THREADS"] = "1"
 
