@@ -1,24 +1,19 @@
 """What a run's settings silently do, in one line each, before the first step."""
 
-import math
-
 from minwurst.base.console import say
 from minwurst.base.settings import Settings
 
 
 def advise(run):
     """Print what applies. run: a Run, identified."""
-    checks = sum(run.is_validation_due(step) for step in range(1, run.last_step + 1))
-    longer = run.step and run.progress["settings"].get("max_train_steps") != run.last_step
-    done = run.step / run.last_step if longer else 0
-    for line in lines(run.settings, run.last_step, run.epochs, checks, done):
+    before = run.progress["settings"].get("max_train_steps", run.settings.max_train_steps)
+    done = run.step / run.last_step if before != run.settings.max_train_steps else 0
+    for line in lines(run.settings, run.last_step, run.epochs, done):
         say(f"note: {line}")
 
 
-def lines(settings, steps, epochs, checks=math.inf, done=0):
-    """steps, epochs: of the whole run. checks: how often it is validated. done: the fraction of the
-    steps, if their number has changed.
-    """
+def lines(settings, steps, epochs, done=0):
+    """steps, epochs: of the whole run. done: the fraction of the steps, if their number changed."""
     warmup, schedule = settings.lr_warmup_steps, settings.lr_scheduler
     if schedule == "constant" and warmup not in (0, Settings.lr_warmup_steps):
         yield (
@@ -41,9 +36,10 @@ def lines(settings, steps, epochs, checks=math.inf, done=0):
             f"--ema_decay {settings.ema_decay:g} remembers {memory:,.0f} steps, more than the "
             f"run's {steps}: the average will cover about the last {max(1, steps // 9)}."
         )
-    if settings.keep_best and checks < 4:
+    saved = -(-steps // settings.checkpointing_steps)
+    if settings.keep_best and saved < 4:
         yield (
-            f"--keep_best will choose among {checks} checkpoint{'s' * (checks != 1)}: for more, "
+            f"--keep_best will choose among {saved} checkpoint{'s' * (saved != 1)}: for more, "
             "lower --checkpointing_steps."
         )
     if not settings.caption_dropout and epochs >= 20 and settings.guidance_scale != 1:
