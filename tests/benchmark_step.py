@@ -187,6 +187,7 @@ def memory(rounds=0):
     Computed as two images minus one, which excludes the bf16 copies of the weights that autocast
     keeps once on both sides.
     """
+    torch.backends.cuda.enable_flash_sdp(True)  # as on a GPU; training on a CPU turns it off
 
     def a_picture(compute_type, kind, recompute=False):
         common = {"shape": (SIZE, SIZE), "compute_type": compute_type, "kind": kind}
