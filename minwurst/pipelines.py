@@ -8,7 +8,7 @@
 import torch
 
 from minwurst.base.errors import UserError
-from minwurst.base.model_folder import SAID, own_parts
+from minwurst.base.model_folder import FLAGS, SAID, own_parts
 from minwurst.base.settings import Settings
 from minwurst.edge import lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder
@@ -16,8 +16,6 @@ from minwurst.run.validation import EvaluationModel, generate_latents
 from minwurst.step import adapter, randomness
 from minwurst.step.encoders import condition_of
 from minwurst.step.optimizer import NoEMA
-
-DECODER = "pretrained_decoder_model_name_or_path"
 
 
 def load(
@@ -35,7 +33,8 @@ def load(
     folder, device = models.locate("prior", prior), torch.device(device)
     run = run_file.folder_of(prior) or run_file.folder_of(lora)
     own = {**(run_file.read(run)["settings"] if run else {}), **own_parts(folder)}
-    decoder = decoder or own.get("decoder") or own.get(DECODER) or getattr(Settings, DECODER)
+    named = own.get(FLAGS["decoder"], Settings.pretrained_decoder_model_name_or_path)
+    decoder = decoder or own.get("decoder", named)
     text = models.load_text(models.text_folder(folder, where="prior"), dtype)
     network = models.load_prior(folder, dtype, as_trained=not lora)
     if lora:

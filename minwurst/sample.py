@@ -29,7 +29,7 @@ from minwurst.base.settings import (
     parse,
     section,
     short,
-)  # fmt: skip
+)
 from minwurst.edge import export, files, lora_file, models, run_file
 from minwurst.edge.decoders import FullDecoder, announce_sizes, latent_shape
 from minwurst.edge.grids import grid

@@ -54,7 +54,7 @@ SCHEDULES = (
 MOST_STEPS, LARGEST_SIDE = 100_000_000, 8_192  # beyond any use, and before anything overflows
 DEMO_HELP = (
     "Use the small trained Würstchen, the images and the settings that come with this project. "
-    "Flags on the command line override the demo's settings; --no_NAME takes a switch back."
+    "Flags on the command line override the demo's settings; --no_NAME turns a switch off."
 )
 DEMO_LIMIT = (
     "The demo's model knows only emoji: with other images this tries out a run, and the images it "
@@ -78,8 +78,8 @@ class Settings:
         "warp-ai/wuerstchen-prior",
         "Folder or Hub repository with the prior (in `prior/` or at its root), the text encoder "
         "and the tokenizer. Missing parts come from warp-ai/wuerstchen-prior. In a folder, "
-        "image_encoder/ and decoder/, and resolution and guidance_scale in model_index.json, are "
-        "the defaults of these flags. Or the --output_dir of a run of train.py.",
+        "image_encoder/ and decoder/, and resolution and guidance_scale in model_index.json, "
+        "replace the defaults of their flags. Or the --output_dir of a run of train.py.",
         may_change=True,
     )
     pretrained_decoder_model_name_or_path: str = model(
@@ -636,7 +636,7 @@ def parse(kind, words=None, demo: dict | None = None, prog=None):
         group = sections[facts["section"]]
         help = help.replace("%", "%%")
         group.add_argument(*names, default=argparse.SUPPRESS, help=help, **options)
-        if field.type is bool:  # --no_… takes back what --demo sets
+        if field.type is bool:  # --no_… turns off what --demo sets
             group.add_argument(
                 f"--no_{field.name}", dest=field.name, action="store_false",
                 default=argparse.SUPPRESS, help=argparse.SUPPRESS,

@@ -28,7 +28,7 @@ def lines(settings, steps, epochs, done=0):
     if done > 0.7 and not schedule.startswith("constant"):
         yield (
             f"--lr_scheduler={schedule} over {steps} steps, of which {done:.0%} are done, leaves a "
-            "low learning rate; --lr_scheduler=constant would keep it up."
+            "low learning rate; --lr_scheduler=constant keeps it up."
         )
     memory = 1 / (1 - settings.ema_decay) if settings.ema_decay < 1 else float("inf")
     if settings.use_ema and memory > steps:
